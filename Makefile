@@ -1,0 +1,40 @@
+# Everything from a bare machine with Python 3.11: `make demo` and `make test` do all the set-up.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint train-demo clean
+
+help:  ## say what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: .venv/.installed  ## make .venv, sample a picture with the embedded demo model, say where it is
+	$(BIN)/python generate_large.py --config configs/demo.yaml
+
+test: lint  ## make .venv, check style and types, run the tests
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev  ## check formatting, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+train-demo: .venv/.installed-dev  ## train the embedded demo model again (two CPU cores, hours)
+	$(BIN)/python -m engine.train --config configs/train_demo.yaml
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache build ./*.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; got " + sys.version)'
+	$(PYTHON) -m venv .venv
+
+# The stamps make later calls fast; editing the pins installs again.
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install --quiet 'pip>=25.1'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --constraint constraints.txt --group dev --editable '.[cluster,train]'
+	touch $@

@@ -1,0 +1,220 @@
+"""Connect to a cluster or start a private Ray, and leave no process behind; knows no model and no batch.
+
+Invariant: what was started here is gone on every way out; what was not is neither joined unasked nor ended.
+Source: Ray 2.60, `ray.init`; its "auto" and its default patience are not used, for the reasons given below.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import ray
+from ray.exceptions import RayError
+
+from actors.environment import silence_of
+from engine.config import RayConfig
+from engine.errors import ClusterError
+
+ANSWER_S = 5.0
+"""Patience for a head's first answer."""
+ATTACH_TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
+ATTACH_TRIES = 5
+"""Ray's tries, one second apart, to register with a head that answers."""
+STORE_BYTES = 1 << 30
+"""Object store of a private Ray: weights live in it once; what does not fit goes to disk, slower but whole."""
+CURRENT_CLUSTER = Path("ray_current_cluster")
+"""File in Ray's temporary folder where `ray start` leaves the head's address."""
+SIGTERM_EXIT = 128 + signal.SIGTERM
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """What one living node of the cluster offers, whether in use or not."""
+
+    address: str
+    cpus: float
+    gpus: float
+
+    def __str__(self) -> str:
+        return f"{self.address}: {self.cpus:g} CPU, {self.gpus:g} GPU"
+
+
+def node_resources() -> list[NodeResources]:
+    """List the living nodes of the connected cluster."""
+    return [
+        NodeResources(node["NodeManagerAddress"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+@contextmanager
+def connect(config: RayConfig, *, num_cpus: int | None = None, store_bytes: int = STORE_BYTES) -> Iterator[None]:
+    """Be connected to Ray inside the `with`.
+
+    `config.address`, else RAY_ADDRESS, names a cluster to join: host:port, or "auto" for the one `ray start` has
+    left on this machine (needed under `ray submit`, which sets no RAY_ADDRESS). Without either, or with "local", a
+    private Ray starts with `num_cpus` (None: the CPUs this process may use) and `store_bytes`; both are ignored when
+    joining. A process that is connected already stays so. SIGTERM becomes SystemExit(143) inside, so that it cleans
+    up like Ctrl-C.
+    Raises: ClusterError when the cluster does not answer within about 15 s, or a private Ray does not start.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    address = _address(config)
+    before = set(_descendants())
+    started: set[psutil.Process] = set()
+    with _sigterm_as_exit() as take_sigterm:
+        try:
+            if address is None:
+                _start(num_cpus or len(os.sched_getaffinity(0)), store_bytes)
+            else:
+                _join(address)
+            take_sigterm()  # ray.init has put its own handler there, which exits without a shutdown
+            started |= set(_descendants()) - before
+            yield
+        finally:
+            with _interrupts_held():
+                _leave(started | set(_descendants()) - before)
+
+
+def _address(config: RayConfig) -> str | None:
+    """Return the cluster to join, or None for a private Ray. Raises ClusterError when "auto" finds none."""
+    address = config.address or os.environ.get("RAY_ADDRESS") or "local"
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "local":
+        return None
+    if address == "auto":
+        # Ray's own "auto" would take any head that runs on this machine, also somebody's private one.
+        left = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray") / CURRENT_CLUSTER
+        if not left.exists():
+            raise ClusterError(
+                "ray.address=auto needs a cluster started by `ray start` on this machine; found none "
+                f"(no {left}). Start one, name host:port, or leave ray.address out for a private Ray."
+            )
+        address = left.read_text().strip()
+    if "://" in address:
+        raise ClusterError(
+            f"ray.address must be host:port, auto or local; got {address}. Run the command on the cluster instead, "
+            "with `ray job submit` or `ray submit`."
+        )
+    return address
+
+
+def _start(num_cpus: int, store_bytes: int) -> None:
+    """Start a private Ray. Raises ClusterError with Ray's own words."""
+    try:
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            object_store_memory=store_bytes,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    except (RuntimeError, ValueError, ConnectionError) as error:
+        raise ClusterError(
+            f"A private Ray with {num_cpus} CPUs did not start: {error} Use ray.enabled=false to compute without Ray."
+        ) from error
+
+
+def _join(address: str) -> None:
+    """Attach to a running cluster. Raises ClusterError within about 15 s."""
+    todo = "Check the address and that `ray status` works there, or leave ray.address out for a private Ray."
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ClusterError(f"ray.address must be host:port, auto or local; got {address!r}.")
+    hosts = [host]
+    if host in ("localhost", "127.0.0.1", "::1"):
+        hosts.append(ray.util.get_node_ip_address())  # Ray joins by this one, and a head may listen on it alone
+    silences = [silence_of(name.strip("[]"), int(port), ANSWER_S) for name in hosts]
+    if None not in silences:
+        raise ClusterError(f"No Ray cluster answers at {address}: {silences[-1]}. {todo}")
+    chosen = os.environ.get(ATTACH_TRIES_VARIABLE)
+    os.environ.setdefault(ATTACH_TRIES_VARIABLE, str(ATTACH_TRIES))
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+    except (RuntimeError, ValueError, ConnectionError, RayError) as error:
+        raise ClusterError(f"The Ray cluster at {address} refused: {error} {todo}") from error
+    finally:
+        if chosen is None:
+            del os.environ[ATTACH_TRIES_VARIABLE]
+
+
+def _leave(ours: set[psutil.Process]) -> None:
+    """Disconnect, and see every process that was started here end."""
+    ray.shutdown()
+    _, alive = psutil.wait_procs(ours, timeout=5)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            try:
+                end(process)
+            except psutil.NoSuchProcess:
+                continue
+        _, alive = psutil.wait_procs(alive, timeout=3)
+    if alive:
+        log.warning("Processes of the private Ray did not end: %s.", sorted(p.pid for p in alive))
+
+
+def _descendants() -> Iterator[psutil.Process]:
+    """Yield the Ray processes below this one; a Process knows its start time, so a reused pid is not mistaken for it.
+
+    Other children (data loaders, a user's shell) are told apart by the command line: Ray's own titles, its package
+    folder, or a parent that is Ray's.
+    """
+    package = os.path.dirname(ray.__file__)
+    rays: set[int] = set()
+    for process in psutil.Process().children(recursive=True):  # parents come before their children
+        try:
+            command, parent = process.cmdline(), process.ppid()
+        except psutil.NoSuchProcess:
+            continue
+        if parent in rays or any(word.startswith(("ray::", package)) for word in command):
+            rays.add(process.pid)
+            yield process
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[Callable[[], object]]:
+    """Turn SIGTERM into SystemExit inside; yields a function that takes the signal again from whoever took it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
+
+    def leave(signum: int, frame: object) -> None:
+        del signum, frame
+        sys.exit(SIGTERM_EXIT)
+
+    previous = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield lambda: signal.signal(signal.SIGTERM, leave)
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ignore Ctrl-C and SIGTERM inside: an impatient second one must not cut the clean-up short, which is bounded.
+
+    A second SIGTERM may still end the process: Ray's core puts the default action back while it shuts down.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = {name: signal.signal(name, signal.SIG_IGN) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in held.items():
+            signal.signal(name, handler or signal.SIG_DFL)

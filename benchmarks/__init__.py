@@ -1,0 +1,1 @@
+"""What we measure. Run from the project's folder: python -m benchmarks.NAME."""

@@ -1,0 +1,260 @@
+"""What a run will cost, before a weight is read: network calls, FLOP, memory, disk and time.
+
+The networks are built and run once on the meta device, so the full-size model is counted in a second and in no
+memory. It does not know how a run is done. FLOP are 2 per multiply-add, as torch counts them (convolutions, matrix
+products, attention).
+"""
+
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.canvas import canvas_nbytes
+from engine.conditioning import MAX_CELLS
+from engine.config import RunConfig
+from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
+from engine.model.config import ModelConfig
+from engine.model.networks import build_networks
+from engine.tiles import Pass, Plan, Tiling
+
+GPU_TFLOPS = {"bfloat16": 100.0, "float16": 100.0, "float32": 30.0, "float64": 10.0}
+"""Assumed speed of one data-centre GPU on these networks; the printed time says so."""
+_DTYPE_NBYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """FLOP of one tile in each network, and bytes of a replica."""
+
+    unet: float
+    encode: float
+    decode: float
+    summarize: float
+    weights_nbytes: int
+    activations_nbytes: int
+    """Largest sum of tensors alive in a call, without the libraries' workspaces."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Tiles that go through each network in a whole run; padding of last batches included."""
+
+    unet: int = 0
+    encode: int = 0
+    decode: int = 0
+    summarize: int = 0
+
+    def __add__(self, other: "Calls") -> "Calls":
+        return Calls(*(a + b for a, b in zip(_counts(self), _counts(other), strict=True)))
+
+    def flop(self, cost: NetworkCost) -> float:
+        """Return the FLOP of these calls."""
+        prices = (cost.unet, cost.encode, cost.decode, cost.summarize)
+        return sum(n * price for n, price in zip(_counts(self), prices, strict=True))
+
+
+def _counts(calls: Calls) -> tuple[int, int, int, int]:
+    return calls.unet, calls.encode, calls.decode, calls.summarize
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Follow which tensors are alive; on the meta device, where nothing is allocated, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._live = 0
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 (torch's signature)
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(tensor, Tensor):
+                self._follow(tensor)
+        return out
+
+    def _follow(self, tensor: Tensor) -> None:
+        # Views share a storage: it counts once, and until its last user is gone.
+        storage, nbytes = tensor.untyped_storage()._cdata, tensor.untyped_storage().nbytes()
+        self._users[storage] = self._users.get(storage, 0) + 1
+        if self._users[storage] == 1:
+            self._live += nbytes
+            self.peak = max(self.peak, self._live)
+        weakref.finalize(tensor, self._release, storage, nbytes)
+
+    def _release(self, storage: int, nbytes: int) -> None:
+        self._users[storage] -= 1
+        if not self._users[storage]:
+            del self._users[storage]
+            self._live -= nbytes
+
+
+def network_cost(model: ModelConfig, dtype: str, batch: int, guided_calls: bool) -> NetworkCost:
+    """Count one call of each network. `guided_calls`: the null context goes along, which doubles the U-Net's batch."""
+    networks = build_networks(model, "meta")
+    tokens = networks.conditioner.null(1).shape[1]
+    width = model.conditioner.output_dim
+    size = (LATENT_CHANNELS, TILE_LATENT_PX, TILE_LATENT_PX)
+
+    def unet(b: int) -> object:
+        context = torch.empty(b, tokens, width, device="meta")
+        t = torch.zeros(b, device="meta")
+        return networks.unet(torch.empty(b, *size, device="meta"), t, encoder_hidden_states=context, return_dict=False)
+
+    def encode(b: int) -> object:
+        return networks.vae.encode(torch.empty(b, 3, TILE_PX, TILE_PX, device="meta"), return_dict=False)
+
+    def decode(b: int) -> object:
+        latents = torch.empty(b, *size, device="meta")
+        return networks.vae.decode(latents, force_not_quantize=True, return_dict=False)
+
+    def summarize(b: int) -> object:
+        return networks.conditioner([torch.empty(model.ssl_dim, 1, 1, device="meta")] * b, [0] * b)
+
+    scale = _DTYPE_NBYTES[dtype] / 4
+    peaks = (_peak(unet, batch * (2 if guided_calls else 1)), _peak(decode, batch))
+    return NetworkCost(
+        *(_flop(call) for call in (unet, encode, decode, summarize)),
+        weights_nbytes=int(scale * sum(4 * p.numel() for net in networks for p in net.parameters())),
+        activations_nbytes=int(scale * max(peaks)),
+    )
+
+
+def _flop(call: Callable[[int], object]) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        call(1)
+    return float(counter.get_total_flops())
+
+
+def _peak(call: Callable[[int], object], batch: int) -> int:
+    with torch.no_grad(), _LiveBytes() as live:
+        call(batch)
+    return live.peak
+
+
+def evaluated(tiling: Tiling) -> int:
+    """Return how many tiles are computed for one pass over a tiling: whole batches."""
+    return tiling.batch_count * tiling.batch_size
+
+
+def pass_calls(plan: Plan, pass_: Pass, config: RunConfig) -> Calls:
+    """Count one pass: denoising, the guide's decoding and newton's corrections."""
+    per_prediction = 2 if pass_.weight else 1
+    total = Calls()
+    for number, (level, tiling) in enumerate(zip(plan.levels, pass_.tilings, strict=True)):
+        if tiling is None:
+            continue
+        tiles, steps = evaluated(tiling), len(pass_.steps)
+        total += Calls(unet=tiles * steps * per_prediction, summarize=tiles * steps)
+        if number and pass_.guided and config.guidance.method == "newton":
+            guided = sum(config.guidance.covers(s.t) for s in pass_.steps)
+            n = tiles * guided * config.guidance.corrections
+            total += Calls(unet=2 * per_prediction * n, encode=2 * n, decode=n)
+        if level is not plan.finest and pass_.guided:
+            windows = level.height * level.width / (TILE_LATENT_PX * min(config.decode.tile_stride, TILE_LATENT_PX))
+            batch = config.decode.batch_size
+            total += Calls(decode=max(1, round(windows / batch)) * batch * steps)
+    return total
+
+
+def export_nbytes(plan: Plan, config: RunConfig) -> int:
+    """Return what the exports take at most, before compression: 3 bytes a px, pyramids a third more."""
+    px = plan.finest.height * plan.finest.width * LATENT_FACTOR**2
+    pyramids = 1 + ("tiff" in config.output.formats)
+    return px * 3 * pyramids * 4 // 3 + px * 3 * ("png" in config.output.formats)
+
+
+def probe_cpu_tflops(channels: int, dtype: torch.dtype, batch: int, threads: int, seconds: float = 0.5) -> float:
+    """Measure a 3×3 convolution of a network's own shape on `threads` cores, in TFLOP/s."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return _convolution_tflops(channels, dtype, batch, seconds)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _convolution_tflops(channels: int, dtype: torch.dtype, batch: int, seconds: float) -> float:
+    layer = torch.nn.Conv2d(channels, channels, 3, padding=1).to(dtype)
+    x = torch.randn(batch, channels, TILE_LATENT_PX, TILE_LATENT_PX).to(dtype)
+    flop = 2 * 9 * channels**2 * TILE_LATENT_PX**2 * batch
+    with torch.inference_mode():
+        layer(x)
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds:
+            layer(x)
+            count += 1
+        return count * flop / (time.perf_counter() - start) / 1e12
+
+
+def assumed_speed(config: RunConfig, model: ModelConfig, replicas: int, device: str) -> tuple[float, str]:
+    """Return the TFLOP/s to expect of all replicas, and where the number comes from."""
+    dtype = config.model.dtype
+    if device == "cuda":
+        one = GPU_TFLOPS[dtype]
+        return one * replicas, f"assuming {one:g} TFLOP/s on each of {replicas} GPU replica(s)"
+    width, batch = model.unet["block_out_channels"][0], config.sampling.batch_size
+    one = probe_cpu_tflops(width, getattr(torch, dtype), batch, config.model.threads)
+    return one * replicas, f"from one convolution timed here, {one * 1000:.0f} GFLOP/s, and {replicas} CPU replica(s)"
+
+
+def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -> str:
+    """Return what `--plan` prints. `device` is "cpu" or "cuda", already chosen."""
+    cost = network_cost(model, config.model.dtype, config.sampling.batch_size, config.sampling.weight > 0)
+    lines = ["levels          px (h x w)      latent px   µm/px   tiles (batches) per step"]
+    for i, level in enumerate(plan.levels):
+        tilings = [f"{p.name} {len(t)} ({t.batch_count})" for p in plan.passes if (t := p.tilings[i]) is not None]
+        px = f"{level.height * LATENT_FACTOR} x {level.width * LATENT_FACTOR}"
+        lines.append(
+            f"  {level.name:10} {px:>15} {f'{level.height} x {level.width}':>15} {model.scale.mpp(level.name):7g}   "
+            f"{', '.join(tilings)}"
+        )
+    total = Calls()
+    lines.append("passes          steps    U-Net    encode    decode  tiles        FLOP")
+    for pass_ in plan.passes:
+        calls = pass_calls(plan, pass_, config)
+        lines.append(_pass_line(pass_.name, str(len(pass_.steps)), calls, cost))
+        total += calls
+    final = Calls(decode=evaluated(plan.decode))
+    total += final
+    lines += [_pass_line("decode", "", final, cost), _pass_line("all", "", total, cost)]
+    cells = " x ".join(map(str, plan.grid_shape))
+    speed, source = assumed_speed(config, model, config.ray.replicas or 1, device)
+    grown = min(MAX_CELLS, plan.levels[0].factor)
+    lines += [
+        f"conditions      {cells} cells of {model.ssl_dim} ({model.encoder}); up to {grown} x {grown} a tile",
+        f"guidance        {config.guidance.method}",
+        f"replica         {_size(cost.weights_nbytes)} weights + about {_size(cost.activations_nbytes)} activations "
+        f"({config.model.dtype}, batch {config.sampling.batch_size}), without the libraries' own",
+        f"disk            {_size(canvas_nbytes({n.name: (n.height, n.width) for n in plan.levels}))} canvas + at most "
+        f"{_size(export_nbytes(plan, config))} exports",
+        f"time            about {_duration(total.flop(cost) / speed / 1e12)}, {source}",
+    ]
+    return "\n".join(lines)
+
+
+def _pass_line(name: str, steps: str, calls: Calls, cost: NetworkCost) -> str:
+    return f"  {name:12} {steps:>6} {calls.unet:8,} {calls.encode:9,} {calls.decode:9,} {_flops(calls.flop(cost)):>18}"
+
+
+def _flops(value: float) -> str:
+    for unit, factor in (("PFLOP", 1e15), ("TFLOP", 1e12)):
+        if value >= factor:
+            return f"{value / factor:,.2f} {unit}"
+    return f"{value / 1e9:,.2f} GFLOP"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:,.2f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:,.0f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

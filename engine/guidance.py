@@ -1,0 +1,136 @@
+"""How a coarser level steers the next finer one.
+
+`newton` works per tile, inside the replica (engine.predict). `linear` and `probe` correct the averaged x0 of the whole
+canvas here, in the coordinator, without one more network call: the picture's coarse colours are pulled to the guide's.
+Units: q = latent px per guided cell on each axis; colours in [−1, 1].
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.config import GuidanceConfig
+from engine.magnification import LATENT_FACTOR
+from engine.model.colour import LinearColour, ThumbnailProbe
+from engine.resize import box_reduce
+
+
+@dataclass(frozen=True)
+class GuidePicture:
+    """A coarser level's decoded x0 and how it lies over the finer level."""
+
+    image: np.ndarray
+    """float32 (3, h, w) in [−1, 1], px of the coarser level."""
+    ratio: int
+    """Finer px per guide px."""
+
+    @property
+    def cell(self) -> int:
+        """Latent px of the finer level per guided cell; below ratio 4 several guide px share one latent px."""
+        return max(self.ratio // LATENT_FACTOR, 1)
+
+    def cells(self, y0: int, y1: int, x1: int) -> Tensor:
+        """Return the wished colours of cell rows y0..y1 and columns 0..x1: float32 (1, 3, y1−y0, x1)."""
+        share = max(LATENT_FACTOR // self.ratio, 1)
+        window = torch.from_numpy(self.image[None, :, y0 * share : y1 * share, : x1 * share])
+        return box_reduce(window, share)
+
+    def square(self, y: int, x: int, size: int) -> np.ndarray:
+        """Return the guide px under one tile, (3, size, size); (y, x) in px of the finer level.
+
+        Between guide px the four neighbours are mixed linearly; past the border the last px is repeated.
+        """
+        (top, fy), (left, fx) = divmod(y / self.ratio, 1), divmod(x / self.ratio, 1)
+        rows = np.minimum(np.arange(size + 1) + int(top), self.image.shape[1] - 1)
+        columns = np.minimum(np.arange(size + 1) + int(left), self.image.shape[2] - 1)
+        window = self.image[:, rows][:, :, columns]
+        mixed = (1 - fy) * window[:, :-1] + fy * window[:, 1:]
+        return ((1 - fx) * mixed[:, :, :-1] + fx * mixed[:, :, 1:]).astype(self.image.dtype)
+
+
+class CanvasGuidance(Protocol):
+    """Correct averaged x0 rows (1, 3, h, w) towards wished cell colours (1, 3, h/q, w/q)."""
+
+    @property
+    def halo_cells(self) -> int:
+        """Cells above and below that a row's correction reads."""
+        ...
+
+    def correct(self, x0: Tensor, wished: Tensor, q: int) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LinearGuidance:
+    """Invert colour ≈ affine in the mean latent, with damping; spread the answer smoothly between cells."""
+
+    colour: LinearColour
+    strength: float
+    damping: float
+    halo_cells: int = 1
+
+    def correct(self, x0: Tensor, wished: Tensor, q: int) -> Tensor:
+        missing = wished - self.colour.colour(box_reduce(x0, q))
+        move = torch.einsum("ij,bjhw->bihw", self.colour.inverse(self.damping).to(x0), missing)
+        return x0 + self.strength * _spread(move, q)
+
+
+@dataclass(frozen=True)
+class ProbeGuidance:
+    """Some Adam steps on one move per cell, through the thumbnail decoder."""
+
+    probe: ThumbnailProbe
+    strength: float
+    iterations: int
+    lr: float = 0.05
+    halo_cells: int = 2
+
+    def correct(self, x0: Tensor, wished: Tensor, q: int) -> Tensor:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            start, wish = x0.clone(), wished.clone()
+            move = torch.zeros_like(wish, requires_grad=True)
+            optimiser = torch.optim.Adam([move], lr=self.lr)
+            for _ in range(self.iterations):
+                optimiser.zero_grad()
+                F.mse_loss(self.probe(start + _spread(move, q), q), wish, reduction="sum").backward()
+                optimiser.step()
+        return x0 + self.strength * _spread(move.detach(), q)
+
+
+def _spread(move: Tensor, q: int) -> Tensor:
+    """Enlarge one value per cell to latent px, linearly between cell centres, so that no cell border shows."""
+    return F.interpolate(move, scale_factor=q, mode="bilinear", align_corners=False) if q > 1 else move
+
+
+def make_canvas_guidance(config: GuidanceConfig, extras: dict[str, dict[str, Tensor]]) -> CanvasGuidance | None:
+    """Return the coordinator's part of a method; None for newton and none.
+
+    `extras` holds the fitted maps under "guidance/linear" and "guidance/probe". Raises: KeyError when one is missing.
+    """
+    if config.method == "linear":
+        colour = LinearColour.from_tensors(extras["guidance/linear"])
+        return LinearGuidance(colour, config.strength, config.damping)
+    if config.method == "probe":
+        probe = ThumbnailProbe.from_tensors(extras["guidance/probe"])
+        return ProbeGuidance(probe, config.strength, config.iterations)
+    return None
+
+
+def steer_rows(
+    guidance: CanvasGuidance, rows: np.ndarray, span: tuple[int, int, int], guide: GuidePicture
+) -> np.ndarray:
+    """Correct latent rows [y0, y1) of x0 from `rows`, which start at `top` ≤ y0 and may reach past y1.
+
+    `rows` is float32 (3, n, w); `span` is (top, y0, y1); top and y0 are multiples of the cell. Returns (3, y1−y0, w).
+    """
+    top, y0, y1 = span
+    q = guide.cell
+    height, width = rows.shape[1:]
+    cells_h, cells_w = -(-height // q), -(-width // q)
+    x0 = F.pad(torch.from_numpy(rows)[None], (0, cells_w * q - width, 0, cells_h * q - height), mode="replicate")
+    wished = guide.cells(top // q, top // q + cells_h, cells_w)
+    corrected = guidance.correct(x0, wished, q)
+    return corrected[0, :, y0 - top : y1 - top, :width].numpy()

@@ -1,0 +1,1 @@
+"""The diffusion model: bundle, conditioner, checkpoint layouts and SSL encoders."""

@@ -1,0 +1,90 @@
+"""SSL encoders by name: the demo's own, UNI and DINOv2, from the model folder, a local folder or the Hub.
+
+It does not know networks (demo_encoder.py, vit_encoder.py) or pictures (reference.py). Nothing is substituted: an
+encoder that is not there is an error, because vectors of another network mean nothing to the conditioner.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engine.errors import CheckpointError
+from engine.model.demo_encoder import DemoEncoder
+from engine.model.hub import locate_files
+from engine.model.ssl_encoder import SSLEncoder
+from engine.model.store import read_safetensors
+from engine.model.vit_encoder import PUBLISHED, load_vit
+
+__all__ = ["ENCODERS", "DemoEncoder", "SSLEncoder", "load_encoder"]
+
+DEMO = "demo"
+ENCODERS = (DEMO, *PUBLISHED)
+EMBEDDED = "encoder/model"
+"""Where a model folder keeps its own encoder (`model.extras[EMBEDDED]`, encoder/model.safetensors)."""
+_WAY_ROUND = "or pass vectors that were computed elsewhere (--embeddings)"
+
+
+def load_encoder(
+    id: str,
+    source: str | Path | None = None,
+    extras: Mapping[str, Mapping[str, Tensor]] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    flag: str = "--model.encoder_source",
+) -> SSLEncoder:
+    """Load the SSL encoder that a model was trained with.
+
+    `id` is one of ENCODERS (ModelConfig.encoder). `source` is a folder with the encoder's file, or a Hub id; None
+    means the model's own `extras` for the demo, else the repository the encoder was published in. The demo encoder
+    computes in float32 whatever `dtype`. `flag` is what messages tell the user to pass.
+    Raises: ValueError for an unknown id; CheckpointError when weights are missing, gated, damaged or hostile.
+    """
+    if id not in ENCODERS:
+        near = difflib.get_close_matches(id.lower(), ENCODERS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Choose one of them, {_WAY_ROUND}."
+        raise ValueError(f"the SSL encoder must be one of {', '.join(ENCODERS)}; got {id!r}. {hint}")
+    if id == DEMO:
+        return _load_demo(source, extras or {}, device, flag)
+    spec = PUBLISHED[id]
+    if source is not None and Path(source).is_dir():
+        folder = Path(source)
+        if not (folder / spec.filename).is_file():
+            raise CheckpointError(
+                f"{flag} must be a folder with {spec.title}'s {spec.filename}; {folder} has none. "
+                f"Download it from https://huggingface.co/{spec.repo_id}, {_WAY_ROUND}."
+            )
+    else:
+        repo_id = spec.repo_id if source is None else _hub_id(source, flag)
+        folder = locate_files(repo_id, [spec.filename], f"The SSL encoder {spec.title}", flag)
+    return load_vit(spec, folder, device, dtype)
+
+
+def _load_demo(
+    source: str | Path | None, extras: Mapping[str, Mapping[str, Tensor]], device: torch.device | str, flag: str
+) -> DemoEncoder:
+    if source is not None:
+        path = Path(source) / f"{EMBEDDED}.safetensors"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{flag} must be a model folder with a demo encoder ({EMBEDDED}.safetensors); {source} has none. "
+                "Leave the flag out to take the model's own."
+            )
+        return DemoEncoder.from_tensors(read_safetensors(path)).to(device)
+    if EMBEDDED not in extras:
+        raise CheckpointError(
+            f"a model with encoder 'demo' must carry it as {EMBEDDED}.safetensors; this one does not. "
+            f"Name a model folder that does with {flag}, {_WAY_ROUND}."
+        )
+    return DemoEncoder.from_tensors(extras[EMBEDDED]).to(device)
+
+
+def _hub_id(source: str | Path, flag: str) -> str:
+    owner, slash, name = str(source).partition("/")
+    if not (owner and slash and name) or "/" in name or owner in (".", "..", "~"):
+        raise CheckpointError(
+            f"{flag} must be an existing folder or a Hub id (owner/name); got {str(source)!r}, which is neither."
+        )
+    return str(source)

@@ -1,0 +1,195 @@
+"""The published SSL encoders, vision transformers: UNI and DINOv2 with registers, on transformers' Dinov2 classes.
+
+Invariant: every tensor of the file is used and every parameter of the network comes from the file, or it is refused.
+It does not know where files come from (hub.py). timm and torchvision are not needed: timm's ViT with layer scale is
+DINOv2's, apart from names and the fused qkv matrix.
+Source: UNI, Chen et al. 2024 (MahmoodLab/UNI); DINOv2 with registers, Darcet et al. 2024. Input of both: 224 px,
+ImageNet mean and deviation; output: the class token after the final norm.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from engine.model.checkpoint import load_tensors
+from engine.model.ssl_encoder import digest_of, require_cells
+from engine.model.store import check_fit, read_safetensors
+
+INPUT_PX = 224
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_TIMM_NAMES = (
+    ("cls_token", "embeddings.cls_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("blocks.", "encoder.layer."),
+    (".attn.proj.", ".attention.output.dense."),
+    (".ls1.gamma", ".layer_scale1.lambda1"),
+    (".ls2.gamma", ".layer_scale2.lambda1"),
+)
+_RENAMED = (
+    (".attention.attention.query.", ".attention.q_proj."),
+    (".attention.attention.key.", ".attention.k_proj."),
+    (".attention.attention.value.", ".attention.v_proj."),
+    (".attention.output.dense.", ".attention.o_proj."),
+)
+"""Names in files on the Hub → names inside later 5.x releases of transformers."""
+
+
+@dataclass(frozen=True)
+class PublishedViT:
+    """A published network: its file, the layout of its names and its sizes.
+
+    `grid_px` is the picture size the stored positions are for (518 for DINOv2, whose forward pass resamples them).
+    """
+
+    id: str
+    title: str
+    repo_id: str
+    filename: str
+    layout: Literal["timm", "transformers"]
+    width: int
+    depth: int
+    heads: int
+    patch_px: int
+    grid_px: int
+    registers: int = 0
+
+
+UNI = PublishedViT("uni", "UNI", "MahmoodLab/UNI", "pytorch_model.bin", "timm", 1024, 24, 16, 16, 224)
+DINOV2_REG_L = PublishedViT(
+    "dinov2-reg-l",
+    "DINOv2 ViT-L/14 with registers",
+    "facebook/dinov2-with-registers-large",
+    "model.safetensors",
+    "transformers",
+    1024,
+    24,
+    16,
+    14,
+    518,
+    registers=4,
+)
+PUBLISHED = {spec.id: spec for spec in (UNI, DINOV2_REG_L)}
+
+
+class ViTEncoder:
+    """A vision transformer behind the SSLEncoder protocol, frozen, on one device in one dtype."""
+
+    def __init__(self, id: str, network: nn.Module, width: int) -> None:
+        """Take a Dinov2Model-like network (224 px in, `pooler_output` of `width` out) with its weights loaded."""
+        self.id, self.dim = id, width
+        self.network = network.eval().requires_grad_(False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights in the dtype they compute in; reads them all, 1.2 GB for a ViT-L."""
+        return digest_of(self.network.state_dict())
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode uint8 cells `(B, 3, 256, 256)` to float32 `(B, D)` on the CPU, in one call of the network.
+
+        Raises: ValueError for another dtype or shape.
+        """
+        require_cells(images)
+        if not len(images):
+            return torch.empty(0, self.dim)
+        weight = next(self.network.parameters())
+        pixels = normalise(images.to(weight.device)).to(weight.dtype)
+        return self.network(pixel_values=pixels).pooler_output.float().cpu()
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Turn uint8 `(B, 3, h, w)` into float32 `(B, 3, 224, 224)`: bicubic with anti-aliasing, ImageNet mean and std."""
+    light = F.interpolate(images.float() / 255, size=INPUT_PX, mode="bicubic", antialias=True, align_corners=False)
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (_MEAN, _STD))
+    # Clamped, because the networks were trained on 8-bit pictures, whose bicubic overshoot is clipped.
+    return (light.clamp(0, 1) - mean) / std
+
+
+def load_vit(
+    spec: PublishedViT, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> ViTEncoder:
+    """Read a published network from a folder that holds its file.
+
+    Raises: CheckpointError if the file is missing, damaged, hostile, or not this network.
+    """
+    path = folder / spec.filename
+    tensors = load_tensors(path) if path.suffix == ".bin" else read_safetensors(path)
+    network = load_weights(build_vit(spec), tensors, spec.layout, str(path), device, dtype)
+    return ViTEncoder(spec.id, network, spec.width)
+
+
+def build_vit(spec: PublishedViT) -> nn.Module:
+    """Build the network without weights (on the meta device)."""
+    sizes = {
+        "hidden_size": spec.width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "patch_size": spec.patch_px,
+        "image_size": spec.grid_px,
+        "mlp_ratio": 4,
+        "layer_norm_eps": 1e-6,
+    }
+    with torch.device("meta"):
+        if spec.registers:
+            return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=spec.registers))
+        # timm's networks have no token for masked training.
+        return Dinov2Model(Dinov2Config(**sizes, use_mask_token=False))
+
+
+def load_weights(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layout: Literal["timm", "transformers"],
+    where: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Give `network` (on the meta device) the tensors of a file; `where` names the file in messages.
+
+    Raises: CheckpointError unless names and shapes agree exactly.
+    """
+    wanted = {name: value.shape for name, value in network.state_dict().items()}
+    named = _from_timm(tensors) if layout == "timm" else tensors
+    named = {_spell(name, wanted): value for name, value in named.items()}
+    check_fit({name: value.shape for name, value in named.items()}, wanted, where)
+    # Copied: the file may be mapped, and a mapped file that is replaced later would kill the process.
+    owned = {name: value.to(device, dtype, copy=True) for name, value in named.items()}
+    network.load_state_dict(owned, assign=True)
+    return network
+
+
+def _spell(name: str, known: Mapping[str, torch.Size]) -> str:
+    """Return the name as the installed transformers spells it."""
+    for published, current in _RENAMED:
+        if name not in known and published in name:
+            return name.replace(published, current)
+    return name
+
+
+def _from_timm(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename timm's ViT to transformers' published names, cutting each fused qkv into three.
+
+    A name it does not know stays as it is, for check_fit to report.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        if name.startswith("norm."):
+            renamed["layernorm." + name.removeprefix("norm.")] = value
+            continue
+        target = name
+        for timm_name, ours in _TIMM_NAMES:
+            target = target.replace(timm_name, ours)
+        if ".attn.qkv." in target and value.shape[0] % 3 == 0:
+            for part, rows in zip(("query", "key", "value"), value.chunk(3), strict=True):
+                renamed[target.replace(".attn.qkv.", f".attention.attention.{part}.")] = rows
+        else:
+            renamed[target] = value
+    return renamed

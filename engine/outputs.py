@@ -1,0 +1,148 @@
+"""What a run leaves for people: the decoded picture, the guide's picture, exports, preview and report.
+
+Each file is whole or not there; what is there is not made again. It does not know how latents came about.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+
+from engine.canvas import BAND
+from engine.config import RunConfig
+from engine.decode import decode_rows, to_uint8
+from engine.export import write_picture, write_png, write_preview, write_tiff
+from engine.image import TOP_PX, Image
+from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX
+from engine.progress import Clock
+from engine.report import consistency_psnr, seam_score, write_report
+from engine.sampler import Sampling, picture_of
+from engine.strips import BandReader
+from engine.tiles import Level, Plan
+
+IMAGE, TIFF, PNG, PREVIEW, GUIDE, REPORT = (
+    "image.ome.zarr",
+    "image.tiff",
+    "image.png",
+    "preview.png",
+    "guide.png",
+    "report.json",
+)
+
+
+def wanted(config: RunConfig, plan: Plan) -> list[str]:
+    """Return the names in the run folder that a finished run has."""
+    names = [IMAGE, *([GUIDE] if guide_level(plan) else [])]
+    names += [{"tiff": TIFF, "png": PNG}[f] for f in config.output.formats]
+    return [*names, PREVIEW, REPORT]
+
+
+def missing(folder: Path, config: RunConfig, plan: Plan) -> list[str]:
+    """Return which of them are not there."""
+    return [name for name in wanted(config, plan) if not (folder / name).exists()]
+
+
+def needs_network(names: list[str]) -> bool:
+    """Say whether making these takes the decoder."""
+    return IMAGE in names or GUIDE in names
+
+
+def guide_level(plan: Plan) -> Level | None:
+    """Return the level that steers the finest one."""
+    return plan.levels[-2] if len(plan.levels) > 1 else None
+
+
+def decode(s: Sampling, folder: Path, mpp_um: float, provenance: dict[str, object]) -> None:
+    """Decode the finest level into image.ome.zarr from where that was interrupted, and the guide into guide.png."""
+    path, size = folder / IMAGE, (s.plan.finest.height, s.plan.finest.width)
+    height, width = s.plan.size_px
+    start = s.canvas.progress.decoded_px if path.exists() else 0
+    image = Image.open(path) if start else Image.create(path, height, width, mpp_um, folder.name, provenance)
+    if start < height:
+        read = BandReader(lambda y0, y1: s.canvas.read(s.plan.finest.name, y0, y1), size[0], BAND)
+        rows = decode_rows(read, size, s.plan.decode, s.denoiser, s.decode_sigma, "decode", start // LATENT_FACTOR)
+        for done in image.fill(cut(map(to_uint8, rows), height - start, width), start):
+            s.canvas.record(decoded_px=done)
+    if max(image.sizes[-1]) > TOP_PX:  # the pyramid names its levels last, so it is whole or has to be made
+        image.build_pyramid()
+    level = guide_level(s.plan)
+    if level is not None and not (folder / GUIDE).exists():
+        latents = s.canvas.read(level.name, 0, level.height)
+        write_picture(folder / GUIDE, to_uint8(picture_of(s, level, latents, level.name)), image.provenance)
+
+
+def cut(rows: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
+    """Cut a stream of rows (3, n, w) to `height` rows in all, `width` px wide."""
+    for part in rows:
+        if height > 0:
+            yield part[:, :height, :width]
+        height -= part.shape[1]
+
+
+def export(folder: Path, config: RunConfig, plan: Plan, clock: Clock) -> None:
+    """Write what is asked for and not there."""
+    image, todo, o = Image.open(folder / IMAGE), missing(folder, config, plan), config.output
+    with clock.phase("exports"):
+        if TIFF in todo:
+            write_tiff(folder / TIFF, image, o.tiff_compression, o.jpeg_quality)
+        if PNG in todo:
+            write_png(folder / PNG, image)
+        if PREVIEW in todo:
+            write_preview(folder / PREVIEW, image, read_guide(folder, plan))
+
+
+def read_guide(folder: Path, plan: Plan) -> np.ndarray | None:
+    """Return the guide's picture where the canvas is, uint8 (3, h, w); None when a run has no guide."""
+    level = guide_level(plan)
+    if level is None:
+        return None
+    with PIL.Image.open(folder / GUIDE) as file:
+        guide = np.asarray(file).transpose(2, 0, 1)
+    height, width = (-(-side // level.factor) for side in plan.size_px)
+    return guide[:, :height, :width]
+
+
+class Cropped:
+    """The top-left part of a picture whose sides are multiples of a guide px."""
+
+    def __init__(self, image: Image, factor: int) -> None:
+        self._image = image
+        self.height, self.width = (side // factor * factor for side in (image.height, image.width))
+
+    def read(self, y0: int, y1: int) -> np.ndarray:
+        """Return uint8 (3, y1-y0, width)."""
+        return self._image.read(y0, y1, 0, self.width)
+
+
+def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
+    """Return the rows and columns, in px, where a tile of the first pass begins or ends on the finest level."""
+    tiling = plan.passes[0].tilings[-1]
+    assert tiling is not None  # the first pass covers every level
+
+    def edges(starts: tuple[int, ...], size_px: int) -> list[int]:
+        return [min(e * LATENT_FACTOR, size_px) for p in starts for e in (p, p + TILE_LATENT_PX)]
+
+    return edges(tiling.ys, plan.size_px[0]), edges(tiling.xs, plan.size_px[1])
+
+
+def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object], clock: Clock) -> None:
+    """Judge the picture and write report.json."""
+    image = Image.open(folder / IMAGE)
+    guide, level = read_guide(folder, plan), guide_level(plan)
+    with clock.phase("judging"):
+        scores: dict[str, object] = {"seam_score": seam_score(image, *tile_edges(plan)), "consistency_psnr_db": None}
+        if guide is not None and level is not None:
+            part = Cropped(image, level.factor)
+            inside = guide[:, : part.height // level.factor, : part.width // level.factor]
+            scores["consistency_psnr_db"] = consistency_psnr(part, inside)
+    settings = {
+        "size_px": [image.height, image.width],
+        "levels": [n.name for n in plan.levels],
+        "guidance": config.guidance.method,
+        "dtype": config.model.dtype,
+        "threads": config.model.threads,
+        "channels_last": config.model.channels_last,
+        "seed": config.sampling.seed,
+    }
+    write_report(folder / REPORT, {**scores, **settings, **facts}, clock.seconds)

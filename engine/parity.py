@@ -1,0 +1,117 @@
+"""Replay the reference activations lying beside a checkpoint: is this machine, dtype and version right?
+
+    python -m engine.parity FOLDER [--dtype float32|float64|bfloat16] [--device cpu|cuda] [--json]
+
+Prints one line per reference; exit code 1 if any is over its tolerance. The joint step is replayed in float64 whatever
+--dtype says, except in half precision, where it is left out: in float32 its finite differences amplify rounding.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from engine.errors import CheckpointError, EngineError
+from engine.model.zoomldm import ZoomLDM
+from engine.replay import (
+    Check,
+    Expected,
+    loosened,
+    replay_decode_large,
+    replay_joint,
+    replay_panorama,
+    replay_parts,
+    replay_refine,
+)
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HALF_FACTOR = {"bfloat16": 5e3, "float16": 1e3}
+"""Tolerances of half precision, in units of float32's: 8 and 11 bits of mantissa against 24, measured, not derived."""
+_INPUT = ("summarizer.in.", "unet.x", "unet.t", "unet.context", "vae.image", "refine.noise.", "refine.x0_in",
+          "refine.ssl_grid", "decode_large.latent", "panorama.noise.", "panorama.init.", "panorama.embeddings",
+          "x_T", "guide_x_T", "ssl_grid")  # fmt: skip
+
+
+def is_input(name: str) -> bool:
+    """Say whether a reference is given to the replay rather than compared with it."""
+    return name.startswith(_INPUT) or name.endswith((".noise", ".guide_noise"))
+
+
+def read_expected(folder: Path) -> Expected:
+    """Read every expected*.safetensors of a folder. Raises CheckpointError when there is none or one is damaged."""
+    files = sorted(folder.glob("expected*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"{folder} must hold reference activations (expected*.safetensors); it holds none. "
+            "Give the folder of a checkpoint that comes with them."
+        )
+    found: Expected = {}
+    for file in files:
+        try:
+            found |= load_file(file)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} must be a whole safetensors file; got: {error}. Fetch it again.") from error
+    return found
+
+
+def replay(folder: Path, dtype: str, device: str, expected: Expected) -> Iterator[Check]:
+    """Yield a Check per reference that this version covers."""
+    if not (folder / "weights.ckpt").exists() and not (folder / "config.json").exists():
+        return
+    with torch.inference_mode():
+        model = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype])
+        raw = None
+        if "unet.eps_raw" in expected:
+            raw = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype], weights="raw")
+        half = _HALF_FACTOR.get(dtype)
+        parts = replay_parts(model, raw, expected)
+        yield from parts if half is None else loosened(parts, half)
+        if half is None:
+            yield from replay_decode_large(model, expected)
+            yield from replay_refine(model, expected)
+            yield from replay_panorama(model, expected)
+            yield from replay_joint(model.to(torch.float64), expected)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m engine.parity", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="checkpoint folder with expected*.safetensors beside the weights")
+    parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="arithmetic of the networks")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    arguments = parser.parse_args(argv)
+    try:
+        expected = read_expected(arguments.folder)
+        checks = list(replay(arguments.folder, arguments.dtype, arguments.device, expected))
+    except EngineError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    covered = {check.name for check in checks}
+    missing = sorted(name for name in expected if name not in covered and not is_input(name))
+    if arguments.json:
+        report = {c.name: {"error": c.error, "tolerance": c.tolerance, "ok": c.ok} for c in checks}
+        sys.stdout.write(json.dumps(report, indent=1) + "\n")
+    else:
+        sys.stdout.write(table(checks, missing))
+    return 0 if all(check.ok for check in checks) and checks else 1
+
+
+def table(checks: list[Check], missing: list[str]) -> str:
+    """Return the report for a terminal."""
+    width = max((len(name) for name in [*(c.name for c in checks), *missing]), default=10)
+    lines = [f"{'reference':<{width}}  {'error':>9}  {'tolerance':>9}"]
+    lines += [f"{c.name:<{width}}  {c.error:9.2e}  {c.tolerance:9.0e}  {'ok' if c.ok else 'OVER'}" for c in checks]
+    lines += [f"{name:<{width}}  {'-':>9}  {'-':>9}  not covered" for name in missing]
+    over = sum(not c.ok for c in checks)
+    lines.append(f"{len(checks)} compared, {over} over tolerance, {len(missing)} not covered")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,192 @@
+"""What one replica computes for one batch, and DenoiseTiles, the seam between coordinator and replicas.
+
+Invariant: a prediction is a pure function of (model, batch); evaluating a batch again anywhere gives the same bytes.
+It does not know the canvas, the plan or Ray. Source: ZoomLDM (CVPR 2025), joint multi-scale sampling.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.magnification import LATENT_FACTOR
+from engine.model.zoomldm import ZoomLDM
+from engine.resize import resize_by
+
+CONTEXTS_KEPT = 256
+"""Contexts a denoiser remembers; at the published sizes (4, 65, 512) float32 one takes 0.5 MB."""
+
+
+@dataclass(frozen=True)
+class NewtonTarget:
+    """The guide's squares for the tiles of a batch and the constants of the correction."""
+
+    target: np.ndarray
+    """float32 (B, 3, s, s) in [-1, 1]; s divides 256."""
+    corrections: int
+    step: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class TileBatch:
+    """Everything a replica needs to denoise B tiles at one timestep; numpy only, so that it travels."""
+
+    key: str
+    """"pass/step/level/index", unique in a run; names the batch in errors."""
+    tiles: tuple[int, ...]
+    """Tile numbers; fewer than B when the last batch of a level is padded."""
+    x_t: np.ndarray
+    """float32 (B, 3, 64, 64)."""
+    timestep: int
+    """The network's time argument."""
+    alpha_bar: float
+    cells: np.ndarray
+    """float32 (B, D, h, w): raw SSL vectors of each tile."""
+    magnification: int
+    """The model's magnification index."""
+    weight: float
+    """w in eps = (1+w)·eps_cond − w·eps_null."""
+    newton: NewtonTarget | None = None
+
+
+@dataclass(frozen=True)
+class TilePrediction:
+    """A replica's answer to a TileBatch."""
+
+    key: str
+    x0: np.ndarray
+    """float32 (B, 3, 64, 64): predicted clean latents."""
+    eps: np.ndarray | None = None
+    """float32 (B, 3, 64, 64), only with newton, which moves x_t and so decouples eps from it."""
+
+
+@dataclass(frozen=True)
+class DecodeBatch:
+    """Latent windows to decode; padded like TileBatch."""
+
+    key: str
+    tiles: tuple[int, ...]
+    latents: np.ndarray
+    """float32 (B, 3, 64, 64)."""
+
+
+@dataclass(frozen=True)
+class DecodedBatch:
+    key: str
+    images: np.ndarray
+    """float32 (B, 3, 256, 256), about [-1, 1], not clamped."""
+
+
+class DenoiseTiles(Protocol):
+    """Evaluate batches somewhere; answers come in the order asked, lazily, with bounded read-ahead."""
+
+    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]: ...
+
+    def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]: ...
+
+
+def _peak(x: Tensor) -> Tensor:
+    """Return each sample's largest magnitude, (B, 1, 1, 1)."""
+    return x.abs().amax(dim=(1, 2, 3), keepdim=True)
+
+
+@dataclass(frozen=True)
+class NewtonStep:
+    """One correction, with the intermediates that parity compares. Shapes: image (B,3,256,256), latent (B,3,64,64)."""
+
+    image_error: Tensor
+    latent_error: Tensor
+    direction: Tensor
+
+
+def newton_direction(
+    model: ZoomLDM,
+    x_t: Tensor,
+    x0: Tensor,
+    context: Tensor,
+    target: Tensor,
+    step: float,
+    at: tuple[int, float, float],
+) -> NewtonStep:
+    """Return the direction in which x_t makes the decoded picture match its guide square.
+
+    `target` is (B, 3, s, s); `at` is (timestep, alpha_bar, w).
+    Source: ZoomLDM, inexact Newton: finite differences through decoder, encoder and U-Net instead of gradients.
+    """
+    t, alpha_bar, w = at
+    scale = target.shape[-1] / (x0.shape[-1] * LATENT_FACTOR)
+    image = model.decode(x0)
+    d = resize_by(target - resize_by(image, scale), 1 / scale)
+    d = d / _peak(d)
+    e = model.encode(image + step * d) - model.encode(image)
+    e = e / _peak(e)
+    moved = x_t + step * e
+    x0_moved = model.x0_from_eps(moved, model.predict_eps(moved, t, context, w), alpha_bar)
+    g = (x0_moved - x0) / step
+    return NewtonStep(d, e, g / _peak(g))
+
+
+def predict_tiles(model: ZoomLDM, batch: TileBatch, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (x_t, x0, eps) of a batch after its corrections, each (B, 3, 64, 64) on the model's device."""
+    x_t = torch.as_tensor(batch.x_t).to(model.device)
+    at = (batch.timestep, batch.alpha_bar, batch.weight)
+    eps = model.predict_eps(x_t, batch.timestep, context, batch.weight)
+    x0 = model.x0_from_eps(x_t, eps, batch.alpha_bar)
+    if batch.newton is not None:
+        target = torch.as_tensor(batch.newton.target).to(x_t)
+        for _ in range(batch.newton.corrections):
+            found = newton_direction(model, x_t, x0, context, target, batch.newton.step, at)
+            x_t = x_t + batch.newton.lr * found.direction
+            eps = model.predict_eps(x_t, batch.timestep, context, batch.weight)
+            x0 = model.x0_from_eps(x_t, eps, batch.alpha_bar)
+    return x_t, x0, eps
+
+
+class LocalDenoiser:
+    """DenoiseTiles in this process: the specification that every other denoiser must match.
+
+    Contexts are remembered per whole batch of cells, the newest `CONTEXTS_KEPT` of them: a batch returns at every step
+    with the same cells. Keyed by value and computed in the batch's shape, a remembered context has a new one's bytes.
+    """
+
+    def __init__(self, model: ZoomLDM) -> None:
+        self.model = model
+        self._contexts: OrderedDict[tuple[int, tuple[int, ...], bytes], Tensor] = OrderedDict()
+
+    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
+        for batch in batches:
+            yield self.denoise_batch(batch)
+
+    def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
+        for batch in batches:
+            yield self.decode_batch(batch)
+
+    @torch.inference_mode()
+    def denoise_batch(self, batch: TileBatch) -> TilePrediction:
+        """Evaluate one batch."""
+        _, x0, eps = predict_tiles(self.model, batch, self._context(batch))
+        return TilePrediction(batch.key, x0.float().cpu().numpy(), eps.float().cpu().numpy() if batch.newton else None)
+
+    @torch.inference_mode()
+    def decode_batch(self, batch: DecodeBatch) -> DecodedBatch:
+        """Decode one batch of latent windows."""
+        images = self.model.decode(torch.as_tensor(batch.latents).to(self.model.device))
+        return DecodedBatch(batch.key, images.float().cpu().numpy())
+
+    def _context(self, batch: TileBatch) -> Tensor:
+        """Return the context (B, T, C) of a batch's cells, remembered or new."""
+        digest = hashlib.blake2b(np.ascontiguousarray(batch.cells).tobytes(), digest_size=16).digest()
+        key = (batch.magnification, batch.cells.shape, digest)
+        if key not in self._contexts:
+            grids = [torch.as_tensor(c) for c in batch.cells]
+            self._contexts[key] = self.model.summarize(grids, [batch.magnification] * len(grids))
+            if len(self._contexts) > CONTEXTS_KEPT:
+                self._contexts.popitem(last=False)
+        self._contexts.move_to_end(key)
+        return self._contexts[key]

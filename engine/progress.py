@@ -1,0 +1,135 @@
+"""Who looks on while a run goes: a bar on a terminal, plain lines in a job log; and the clock of the report.
+
+It counts and prints; it decides nothing. Implements the sampler's Watch.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TextIO, TypeVar
+
+from tqdm import tqdm
+
+from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles, TileBatch, TilePrediction
+
+B = TypeVar("B")
+A = TypeVar("A")
+LINE_EVERY_S = 10.0
+"""A job log gets a line per step, but not more often than this."""
+Replicas = Callable[[], int]
+"""How many replicas are alive now."""
+
+
+class Progress:
+    """Show passes, steps and tiles per second. `replicas` may be set once they are there."""
+
+    def __init__(self, out: TextIO | None = None) -> None:
+        self.out = out or sys.stderr
+        self.replicas: Replicas | None = None
+        self.tile_count = 0
+        """Tiles evaluated by this process."""
+        self._name: str | None = None
+        self._bar: tqdm | None = None
+        self._line_at = 0.0
+        self._start_s, self._start_tiles, self._start_step = 0.0, 0, 0
+
+    def say(self, text: str) -> None:
+        """Print a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.clear()
+        self.out.write(text + "\n")
+        self.out.flush()
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Show that `done` of `total` steps are committed; a new name begins a new count."""
+        if name != self._name:
+            self._begin(name, done, total)
+        if self._bar is not None:
+            self._bar.update(done - self._bar.n)
+        elif done > self._start_step and (done == total or time.monotonic() - self._line_at >= LINE_EVERY_S):
+            self._line_at = time.monotonic()
+            self.say(f"{name}: step {done}/{total}, {self._speed()}, {self._remaining(done, total)}")
+        if done == total:
+            self.close()
+
+    def tiles(self, count: int) -> None:
+        """Count tiles as they come in."""
+        self.tile_count += count
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._speed(), refresh=False)
+            self._bar.update(0)
+
+    def close(self) -> None:
+        """Finish the bar; harmless when repeated."""
+        if self._bar is not None:
+            self._bar.close()
+        self._name = self._bar = None
+
+    def _begin(self, name: str, done: int, total: int) -> None:
+        self.close()
+        self._name = name
+        self._start_s, self._start_tiles, self._start_step = time.monotonic(), self.tile_count, done
+        if self.out.isatty():
+            self._bar = tqdm(desc=name, initial=done, total=total, unit="step", file=self.out)
+
+    def _speed(self) -> str:
+        seconds = max(time.monotonic() - self._start_s, 1e-9)
+        text = f"{(self.tile_count - self._start_tiles) / seconds:.1f} tiles/s"
+        return text if self.replicas is None else f"{text}, {self.replicas()} replica(s) alive"
+
+    def _remaining(self, done: int, total: int) -> str:
+        each = (time.monotonic() - self._start_s) / max(done - self._start_step, 1)
+        return f"{(total - done) * each:.0f} s left"
+
+
+class Clock:
+    """Seconds per phase."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add what passes inside to a phase, on error too."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+class TimedDenoiser:
+    """DenoiseTiles that measures how long the coordinator waits for answers; the rest is orchestration."""
+
+    def __init__(self, inner: DenoiseTiles) -> None:
+        self._inner = inner
+        self.waited_s = 0.0
+
+    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
+        yield from self._timed(self._inner.denoise, batches)
+
+    def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
+        yield from self._timed(self._inner.decode, batches)
+
+    def _timed(self, function: Callable[[Iterable[B]], Iterator[A]], batches: Iterable[B]) -> Iterator[A]:
+        making = Clock()
+
+        def watched() -> Iterator[B]:
+            source = iter(batches)
+            while True:
+                with making.phase("batches"):
+                    batch = next(source, None)
+                if batch is None:
+                    return
+                yield batch
+
+        answers = function(watched())
+        while True:
+            made, start = making.seconds.get("batches", 0.0), time.perf_counter()
+            answer = next(answers, None)
+            # Batches are cut inside next(); that part is the coordinator's own work.
+            self.waited_s += time.perf_counter() - start - (making.seconds.get("batches", 0.0) - made)
+            if answer is None:
+                return
+            yield answer

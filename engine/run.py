@@ -1,0 +1,259 @@
+"""The order of a run around sample_large: model, plan, conditions, canvas, sampling, decoding, exports, report.
+
+A run that is invoked again does only what is missing. Who computes is the caller's choice (`Crew`), so this module
+imports no Ray; generate_large.py and the benchmarks share it.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from engine import __version__, outputs
+from engine.canvas import Canvas
+from engine.conditions import Conditions, find_conditions, keep_conditions
+from engine.config import RunConfig
+from engine.errors import CanvasError, CanvasMismatchError, EngineError
+from engine.export import check_png
+from engine.guidance import make_canvas_guidance
+from engine.model import checkpoint, hub
+from engine.model.config import ModelConfig
+from engine.model.zoomldm import ZoomLDM, digest
+from engine.pilot import stored_or_fitted
+from engine.predict import DenoiseTiles, LocalDenoiser
+from engine.progress import Clock, Progress, TimedDenoiser
+from engine.sampler import Sampling, keyed_noise, sample_large
+from engine.state import write_atomically
+from engine.tiles import Plan, make_plan
+
+_WHERE = ("model.source", "model.variant", "model.device", "reference", "embeddings")
+"""Keys that say where something lies; what lies there counts instead (weights, conditions, device)."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is decided before a weight is used."""
+
+    config: RunConfig
+    model: ModelConfig
+    plan: Plan
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.output.folder)
+
+
+@dataclass(frozen=True)
+class Crew:
+    """Who computes: the denoiser, its kind of device, how many replicas live, and facts for the report."""
+
+    denoiser: DenoiseTiles
+    device: str
+    alive: Callable[[], int]
+    facts: Callable[[], dict[str, object]]
+
+
+Engage = Callable[[ZoomLDM, RunConfig], AbstractContextManager[Crew]]
+"""Puts the model, which lies on the CPU, to work."""
+
+
+def prepare(config: RunConfig) -> Job:
+    """Read the model's description and cut the plan.
+
+    Raises: CheckpointError when the model cannot be had; ValueError when the config asks for what it has not.
+    """
+    model = checkpoint.read(hub.locate(config.model.source, config.model.variant)).config
+    plan = make_plan(config, model.scale)
+    if "png" in config.output.formats:
+        check_png(config.canvas.height, config.canvas.width)
+    return Job(config, model, plan)
+
+
+def run(job: Job, engage: Engage, progress: Progress) -> Path:
+    """Make, continue or complete the run in its folder; return the folder.
+
+    Raises: EngineError with what the user can do. What is committed survives any error and Ctrl-C.
+    """
+    clock = Clock()
+    # The coordinator's own arithmetic (guidance) is part of the picture's bytes, wherever replicas compute.
+    torch.set_num_threads(job.config.model.threads)
+    with clock.phase("model"):
+        model = load_model(job.config)
+    with clock.phase("conditions"):
+        conditions = find_conditions(
+            job.config, job.model, model.extras, job.plan, encoder_device(job.config), progress.say
+        )
+    levels = {level.name: (level.height, level.width) for level in job.plan.levels}
+    with Canvas.open(job.folder, picture_keys(job.config, model, conditions), levels) as canvas:
+        missing = outputs.missing(job.folder, job.config, job.plan)
+        if canvas.progress.finished and not missing:
+            progress.say(f"{job.folder} holds this run, finished; nothing is missing.")
+            return job.folder
+        _announce(canvas, missing, progress)
+        if outputs.IMAGE in missing:
+            canvas.record(decoded_px=0, finished=False)
+        write_config(job)
+        keep_conditions(job.folder, conditions)
+        facts: dict[str, object] = {}
+        if not canvas.progress.finished or outputs.needs_network(missing):
+            facts = _compute(job, model, conditions.grid, canvas, engage, progress, clock)
+        outputs.export(job.folder, job.config, job.plan, clock)
+        canvas.record(finished=True)
+        if facts or "report.json" in missing:
+            outputs.report(job.folder, job.config, job.plan, {"plan": canvas.digest, **facts}, clock)
+    return job.folder
+
+
+def load_model(config: RunConfig) -> ZoomLDM:
+    """Load the weights on the CPU, in the run's dtype and memory format."""
+    section = config.model
+    model = ZoomLDM.from_pretrained(section.source, section.variant, dtype=getattr(torch, section.dtype))
+    return model.channels_last() if section.channels_last else model
+
+
+def picture_keys(config: RunConfig, model: ZoomLDM, conditions: Conditions) -> dict[str, object]:
+    """Return what decides the picture's bytes, flat: the config, the weights and the conditions."""
+    keys = {k: v for k, v in config.picture_keys().items() if k not in _WHERE}
+    return keys | {"model.weights": digest(model), "conditions": conditions.digest}
+
+
+def write_config(job: Job) -> None:
+    """Write config.yaml, which `--config` reads back to the same run."""
+    plain = json.loads(json.dumps(asdict(job.config)))  # tuples become lists, which YAML knows
+    write_atomically(job.folder / "config.yaml", yaml.safe_dump(plain, sort_keys=False).encode())
+
+
+def _announce(canvas: Canvas, missing: list[str], progress: Progress) -> None:
+    now = canvas.progress
+    if now.finished:
+        progress.say(f"{canvas.folder} holds this run, finished; making what is missing: {', '.join(missing)}.")
+    elif not canvas.fresh:
+        progress.say(f"{canvas.folder} holds this run; continuing after step {now.steps} of pass {now.pass_index + 1}.")
+
+
+def _compute(
+    job: Job, model: ZoomLDM, grid: np.ndarray, canvas: Canvas, engage: Engage, progress: Progress, clock: Clock
+) -> dict[str, object]:
+    """Do what needs the networks: sampling, decoding, the guide's picture. Returns facts for the report."""
+    resumed = not canvas.fresh
+    with ExitStack() as stack:
+        with clock.phase("start"):
+            crew = stack.enter_context(engage(model, job.config))
+        stack.callback(progress.close)
+        check_environment(job.folder, crew.device)
+        progress.replicas = crew.alive
+        timed = TimedDenoiser(crew.denoiser)
+        with clock.phase("guidance"):
+            s = _sampling(job, model, grid, canvas, timed, progress)
+        before = timed.waited_s
+        with clock.phase("sampling"):
+            sample_large(s)
+        waited = timed.waited_s - before
+        progress.say("decoding")
+        with clock.phase("decoding"):
+            outputs.decode(s, job.folder, job.model.base_mpp, _provenance(job, canvas))
+        return {
+            **crew.facts(),
+            "device": crew.device,
+            "resumed": resumed,
+            "tiles": progress.tile_count,
+            "tiles_per_s": progress.tile_count / max(clock.seconds["sampling"], 1e-9),
+            "orchestration_share": 1 - waited / max(clock.seconds["sampling"], 1e-9),
+        }
+
+
+def _provenance(job: Job, canvas: Canvas) -> dict[str, object]:
+    """Return what every picture says of itself; Image adds that it is synthetic."""
+    section = job.config.model
+    return {
+        "generator": f"zoomldm-engine {__version__}",
+        "model": section.source if section.variant is None else f"{section.source}/{section.variant}",
+        "plan": canvas.digest,
+        "seed": job.config.sampling.seed,
+    }
+
+
+def _sampling(
+    job: Job, model: ZoomLDM, grid: np.ndarray, canvas: Canvas, denoiser: DenoiseTiles, progress: Progress
+) -> Sampling:
+    config, method = job.config, job.config.guidance.method
+    maps = dict(model.extras)
+    if method in ("linear", "probe") and f"guidance/{method}" not in maps and any(p.guided for p in job.plan.passes):
+        progress.say(f"fitting the {method} guidance: the checkpoint carries no map")
+        path = job.folder / f"guidance_{method}.safetensors"
+        maps |= stored_or_fitted(path, method, grid, denoiser, config.sampling.weight, config.sampling.batch_size)
+    guided = any(p.guided for p in job.plan.passes)
+    return Sampling(
+        plan=job.plan,
+        canvas=canvas,
+        grid=grid,
+        denoiser=denoiser,
+        guidance=config.guidance,
+        canvas_guidance=make_canvas_guidance(config.guidance, maps) if guided else None,
+        decode_sigma=config.decode.sigma,
+        noise=keyed_noise(config.sampling.seed),
+        watch=progress,
+    )
+
+
+def check_environment(folder: Path, device: str) -> None:
+    """Hold a run to the kind of device and the libraries it began with: they decide the last bits.
+
+    Raises: CanvasMismatchError naming what differs.
+    """
+    path = folder / "environment.json"
+    now = {"device": device, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
+    if not path.exists():
+        write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())
+        return
+    try:
+        then = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CanvasError(
+            f"{path} must say where this run began; {error}. Restore it, or remove it to continue on trust."
+        ) from error
+    differing = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if then.get(k) != now[k]]
+    if differing:
+        raise CanvasMismatchError(
+            f"{folder} was begun elsewhere: {'; '.join(differing)}; the last bits would differ. Continue it there, or "
+            "use another output.folder."
+        )
+
+
+def pin_arithmetic(threads: int) -> None:
+    """Fix what else decides the last bits of this process: CPU threads and cuDNN's and cuBLAS's choice of kernels."""
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def choose_device(wanted: str) -> str:
+    """Return "cpu" or "cuda" for this process. Raises EngineError when a GPU is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise EngineError(
+            "model.device=cuda needs a GPU that torch can use; it sees none on this machine. Install a CUDA build of "
+            "torch and a driver, run on the cluster (ray.address), or use model.device=cpu."
+        )
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def encoder_device(config: RunConfig) -> str:
+    """Return where the SSL encoder runs: here, on a GPU if there is one, wherever the replicas are."""
+    return "cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def work_alone(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
+    """Compute in this process, without Ray (ray.enabled=false)."""
+    device = choose_device(config.model.device)
+    pin_arithmetic(config.model.threads)
+    denoiser = LocalDenoiser(model.to(device))
+    yield Crew(denoiser, device, lambda: 1, lambda: {"replicas": 1, "restarts": 0})

@@ -1,0 +1,166 @@
+"""Draw single patches at one of the model's magnifications, beside the reference patches they imitate.
+
+    python -m engine.sample --config configs/demo.yaml --magnification 5x --count 16
+
+Writes one PNG per patch and contact_sheet.png (reference left, drawn right).
+Exit codes: 0 done, 1 failed, 2 wrong usage.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+from safetensors.torch import load_file
+
+from engine.arguments import parse
+from engine.conditions import DEMO_GRID
+from engine.config import RunConfig
+from engine.decode import to_uint8
+from engine.errors import EngineError
+from engine.magnification import TILE_PX
+from engine.model.encoders import load_encoder
+from engine.model.zoomldm import ZoomLDM
+from engine.patches import SCHEDULERS, PatchSampler
+from engine.reference import embedding_grid, read_embeddings, read_reference
+from engine.run import choose_device, encoder_device, load_model, pin_arithmetic
+
+_GAP_PX = 8
+
+
+@dataclass(frozen=True)
+class SampleConfig(RunConfig):
+    """Command 1's keys (canvas, guidance, refine and ray are not used), and what patches need."""
+
+    magnification: str | None = None
+    """One of the model's magnifications; None takes the base."""
+    count: int = 16
+    """Patches to draw."""
+    steps: int = 50
+    """Steps of the scheduler."""
+    scale: float = 2.0
+    """Guidance scale s = 1 + w; 1 leaves the null call out."""
+    scheduler: str = "ddim"
+    """ddim, ddpm, dpmsolver++, euler or unipc, as diffusers implements them."""
+    folder: str = "runs/patches"
+    """Where the PNGs go."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}; got {self.scheduler!r}.")
+        for name, low in (("count", 1), ("steps", 1), ("scale", 1.0)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What patches imitate: a grid of base cells and, when there is one, the picture it was taken from."""
+
+    grid: np.ndarray
+    """float32 (D, h, w)."""
+    picture: np.ndarray | None
+    """uint8 (H, W, 3) at the base magnification."""
+
+    def corners(self, factor: int, count: int) -> list[tuple[int, int]]:
+        """Return `count` cell positions whose factor × factor cells lie inside, evenly spread, repeated if few.
+
+        Raises: ValueError when the grid is smaller than one patch.
+        """
+        h, w = self.grid.shape[1] - factor + 1, self.grid.shape[2] - factor + 1
+        if h < 1 or w < 1:
+            raise ValueError(
+                f"a patch at this magnification covers {factor} x {factor} cells; the source has "
+                f"{self.grid.shape[1]} x {self.grid.shape[2]}. Take a finer magnification or a larger source."
+            )
+        return [divmod(i * h * w // count, w) for i in range(count)]
+
+    def reference(self, y: int, x: int, factor: int) -> np.ndarray | None:
+        """Return the picture under a patch, reduced to 256 × 256: uint8 (256, 256, 3)."""
+        if self.picture is None:
+            return None
+        window = self.picture[y * TILE_PX : (y + factor) * TILE_PX, x * TILE_PX : (x + factor) * TILE_PX]
+        image = PIL.Image.fromarray(window)
+        return np.asarray(image.resize((TILE_PX, TILE_PX), PIL.Image.Resampling.BOX))
+
+
+def read_source(config: SampleConfig, model: ZoomLDM) -> Source:
+    """Read the grid that conditions the patches, and its picture. Raises EngineError when there is none."""
+    try:
+        if config.embeddings is not None:
+            cells = -(-config.canvas.height // TILE_PX), -(-config.canvas.width // TILE_PX)
+            return Source(read_embeddings(config.embeddings, cells), None)
+        if config.reference is not None:
+            picture = read_reference(config.reference)
+            device = encoder_device(config)
+            encoder = load_encoder(model.config.encoder, config.model.encoder_source, model.extras, device, model.dtype)
+            return Source(embedding_grid(picture, encoder), picture)
+    except ValueError as error:
+        raise EngineError(str(error)) from error
+    if config.model.source == "demo":
+        return Source(load_file(DEMO_GRID)["grid"].numpy(), None)
+    raise EngineError("Patches must be conditioned on something; pass --reference PICTURE or --embeddings FILE.")
+
+
+def sample(config: SampleConfig) -> Path:
+    """Draw the patches; return the contact sheet."""
+    pin_arithmetic(config.model.threads)
+    model = load_model(config).to(choose_device(config.model.device))
+    scale = model.config.scale
+    name = config.magnification or scale.base
+    index, factor = scale.index(name), scale.factor(name)
+    source = read_source(config, model)
+    if source.grid.shape[0] != model.config.ssl_dim:
+        raise EngineError(
+            f"SSL vectors must have {model.config.ssl_dim} channels ({model.config.encoder}); the source has "
+            f"{source.grid.shape[0]}. Embed it with that encoder, or pass --reference."
+        )
+    corners = source.corners(factor, config.count)
+    cells = [source.grid[:, y : y + factor, x : x + factor] for y, x in corners]
+    sampler = PatchSampler(config.scheduler, config.steps, config.scale, config.sampling.seed)
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs = []
+    for first in range(0, config.count, config.sampling.batch_size):
+        images = sampler.draw(model, cells[first : first + config.sampling.batch_size], index, first)
+        for i, image in enumerate(to_uint8(images).transpose(0, 2, 3, 1), start=first):
+            PIL.Image.fromarray(image).save(folder / f"{name}_{i:04d}.png")
+            pairs.append((source.reference(*corners[i], factor), image))
+    sheet = folder / "contact_sheet.png"
+    PIL.Image.fromarray(contact_sheet(pairs)).save(sheet)
+    return sheet
+
+
+def contact_sheet(pairs: list[tuple[np.ndarray | None, np.ndarray]], pairs_per_row: int = 4) -> np.ndarray:
+    """Lay out (reference, drawn) pairs on white: uint8 (H, W, 3); a missing reference takes no room."""
+    cells = [np.concatenate([p for p in pair if p is not None], axis=1) for pair in pairs]
+    height, width = cells[0].shape[0] + _GAP_PX, cells[0].shape[1] + _GAP_PX
+    columns = min(pairs_per_row, len(cells))
+    rows = -(-len(cells) // columns)
+    sheet = np.full((rows * height + _GAP_PX, columns * width + _GAP_PX, 3), 255, np.uint8)
+    for i, cell in enumerate(cells):
+        y, x = (i // columns) * height + _GAP_PX, (i % columns) * width + _GAP_PX
+        sheet[y : y + cell.shape[0], x : x + cell.shape[1]] = cell
+    return sheet
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit code."""
+    config = parse(argv, SampleConfig, "python -m engine.sample", (__doc__ or "").splitlines()[0])
+    try:
+        sheet = sample(config)
+    except ValueError as error:
+        sys.stderr.write(f"engine.sample: {error}\n")
+        return 2
+    except EngineError as error:
+        sys.stderr.write(f"engine.sample: {error}\n")
+        return 1
+    sys.stdout.write(f"{config.count} patches are in {config.folder}; {sheet} shows them.\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

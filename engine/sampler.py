@@ -1,0 +1,212 @@
+"""sample_large: joint sampling of all levels of one picture, step by step, top to bottom.
+
+Invariant: the bytes on the canvas depend on plan, conditions, seed and the predictions alone; not on who computed them,
+in which order they arrived, or how often the run was interrupted. It does not know networks, Ray or file formats.
+Source: ZoomLDM (CVPR 2025), joint multi-scale sampling; Large-Image-Diffusion (CVPR 2024) for overlapping tiles.
+
+Notation: x_t noisy latents, x0 predicted clean latents, eps predicted noise; canvas rows are float32 (3, rows, width).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from engine.blend import RowAverager, smooth_weight, uniform_weight
+from engine.canvas import BAND, Canvas
+from engine.conditioning import extend_grid, tile_cells
+from engine.config import GuidanceConfig
+from engine.decode import decode_rows
+from engine.guidance import CanvasGuidance, GuidePicture, steer_rows
+from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
+from engine.noise import noise_rows
+from engine.predict import DenoiseTiles, NewtonTarget, TileBatch
+from engine.schedule import Step
+from engine.strips import BandReader, gather_tiles, in_bands
+from engine.tiles import Level, Pass, Plan, Tiling, make_tiling
+
+Noise = Callable[[str, int, tuple[int, int], int], np.ndarray]
+"""(stream, step, (y0, y1), width) → standard normal float32 (3, y1−y0, width)."""
+
+
+class Watch(Protocol):
+    """Who looks on: a progress bar, a log, a clock."""
+
+    def step(self, name: str, done: int, total: int) -> None:
+        """Called when `done` of `total` steps of a pass are committed (0: the pass begins)."""
+
+    def tiles(self, count: int) -> None:
+        """Called when `count` more tiles are in."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What stays the same through a run."""
+
+    plan: Plan
+    canvas: Canvas
+    grid: np.ndarray
+    """float32 (D, h, w): SSL vectors of the base cells under all levels."""
+    denoiser: DenoiseTiles
+    guidance: GuidanceConfig
+    canvas_guidance: CanvasGuidance | None
+    """The coordinator's part of linear and probe."""
+    decode_sigma: float
+    noise: Noise
+    watch: Watch
+
+
+def keyed_noise(seed: int) -> Noise:
+    """Return the noise of a run: a pure function of its arguments."""
+    return lambda stream, step, rows, width: noise_rows(seed, stream, step, rows, width)
+
+
+def sample_large(s: Sampling) -> None:
+    """Denoise the canvas to its last committed step, from wherever it was interrupted.
+
+    Raises: CanvasError when the disk refuses or a chunk is damaged; ReplicaLostError when a batch cannot be evaluated.
+    """
+    cells_h, cells_w = s.plan.covered_cells
+    s = replace(s, grid=extend_grid(s.grid, cells_h, cells_w))
+    if s.canvas.fresh:
+        _start_from_noise(s)
+    for index, pass_ in enumerate(s.plan.passes):
+        if index < s.canvas.progress.pass_index:
+            continue
+        if index > s.canvas.progress.pass_index:
+            _renoise(s, index, pass_)
+        s.watch.step(pass_.name, s.canvas.progress.steps, len(pass_.steps))
+        for number in range(s.canvas.progress.steps, len(pass_.steps)):
+            _step(s, pass_, number)
+            s.canvas.commit(index, number + 1)
+            s.watch.step(pass_.name, number + 1, len(pass_.steps))
+
+
+def _start_from_noise(s: Sampling) -> None:
+    for level in s.plan.levels:
+        for y0 in range(0, level.height, BAND):
+            rows = (y0, min(y0 + BAND, level.height))
+            s.canvas.write(level.name, y0, s.noise(f"start/{level.name}", 0, rows, level.width))
+    s.canvas.commit(0, 0)
+
+
+def _renoise(s: Sampling, index: int, pass_: Pass) -> None:
+    """Noise the previous pass's result to this pass's first timestep."""
+    for level, tiling in zip(s.plan.levels, pass_.tilings, strict=True):
+        if tiling is None:
+            continue
+        for y0 in range(0, level.height, BAND):
+            y1 = min(y0 + BAND, level.height)
+            noise = s.noise(f"renoise/{level.name}", 0, (y0, y1), level.width)
+            s.canvas.write(level.name, y0, pass_.steps[0].renoise(s.canvas.read(level.name, y0, y1), noise))
+    s.canvas.commit(index, 0)
+
+
+def _step(s: Sampling, pass_: Pass, number: int) -> None:
+    """Move every level of the pass from x_t to x_{t−}, coarse to fine; each level's x0 is the next one's guide."""
+    guide: tuple[Level, np.ndarray] | None = None
+    for level, tiling in zip(s.plan.levels, pass_.tilings, strict=True):
+        if tiling is None:
+            continue
+        picture = None
+        if guide is not None and pass_.guided and s.guidance.covers(pass_.steps[number].t):
+            picture = GuidePicture(guide[1], guide[0].factor // level.factor)
+        work = LevelStep(s, pass_, number, level, tiling, picture)
+        x0 = work.run(keep_x0=pass_.guided and level is not s.plan.finest)
+        if x0 is not None:
+            guide = level, picture_of(s, level, x0, work.key)
+
+
+def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarray:
+    """Decode a coarse level's x0 (3, h, w) to its picture, float32 (3, 4h, 4w) clamped to [−1, 1]."""
+    stride = s.plan.decode.ys[1] - s.plan.decode.ys[0] if len(s.plan.decode.ys) > 1 else TILE_LATENT_PX
+    tiling = make_tiling(level.height, level.width, stride, s.plan.decode.batch_size)
+    rows = decode_rows(
+        lambda y0, y1: x0[:, y0:y1], (level.height, level.width), tiling, s.denoiser, s.decode_sigma, f"{key}/guide"
+    )
+    return np.clip(np.concatenate(list(rows), axis=1), -1, 1)
+
+
+@dataclass(frozen=True)
+class LevelStep:
+    """One step of one level."""
+
+    s: Sampling
+    pass_: Pass
+    number: int
+    level: Level
+    tiling: Tiling
+    guide: GuidePicture | None
+
+    @property
+    def step(self) -> Step:
+        return self.pass_.steps[self.number]
+
+    @property
+    def key(self) -> str:
+        return f"{self.pass_.name}/t={self.step.t}/{self.level.name}"
+
+    @property
+    def _newton(self) -> bool:
+        return self.guide is not None and self.s.guidance.method == "newton"
+
+    def run(self, keep_x0: bool) -> np.ndarray | None:
+        """Write x_{t−} of the whole level, band by band; return x0 (3, h, w) when it is to guide the next level."""
+        s, level = self.s, self.level
+        read = BandReader(lambda y0, y1: s.canvas.read(level.name, y0, y1), level.height, BAND)
+        kept = []
+        steer = s.canvas_guidance if self.guide is not None else None
+        halo = steer.halo_cells * self.guide.cell if steer is not None and self.guide is not None else 0
+        for top, y0, y1, rows in in_bands(self._averaged(read), level.height, BAND, halo):
+            x0 = rows[:LATENT_CHANNELS]
+            if steer is not None and self.guide is not None:
+                x0 = steer_rows(steer, np.ascontiguousarray(x0), (top, y0, y1), self.guide)
+            else:
+                x0 = x0[:, y0 - top : y1 - top]
+            moved = self._newton
+            eps = rows[LATENT_CHANNELS:, y0 - top : y1 - top] if moved else self.step.eps_from_x0(read(y0, y1), x0)
+            noise = s.noise(f"{self.pass_.name}/{level.name}", self.number, (y0, y1), level.width)
+            s.canvas.write(level.name, y0, self.step.update(x0, eps, noise))
+            if keep_x0:
+                kept.append(x0)
+        return np.concatenate(kept, axis=1) if keep_x0 else None
+
+    def _averaged(self, read: BandReader) -> Iterator[np.ndarray]:
+        """Yield finished rows of averaged x0, top to bottom: (3, n, w), or (6, n, w) with newton's eps below."""
+        make_weight = smooth_weight if self.pass_.tile_weights == "smooth" else uniform_weight
+        channels = LATENT_CHANNELS * (2 if self._newton else 1)
+        averager = RowAverager(channels, self.level.width, make_weight(TILE_LATENT_PX))
+        answers = self.s.denoiser.denoise(self._batches(read))
+        for tiles, answer in zip(self.tiling.batches(), answers, strict=True):
+            values = answer.x0 if answer.eps is None else np.concatenate([answer.x0, answer.eps], axis=1)
+            for tile, value in zip(tiles, values, strict=False):
+                averager.add(*self.tiling.corner(tile), value)
+                rows = averager.pop(self.tiling.finished_rows(tile, self.level.height))
+                if rows.shape[1]:
+                    yield rows
+            self.s.watch.tiles(len(tiles))
+
+    def _batches(self, read: BandReader) -> Iterator[TileBatch]:
+        for number, tiles in enumerate(self.tiling.batches()):
+            padded = tiles + tiles[-1:] * (self.tiling.batch_size - len(tiles))
+            corners = [self.tiling.corner(tile) for tile in padded]
+            yield TileBatch(
+                key=f"{self.key}/{number}",
+                tiles=tiles,
+                x_t=gather_tiles(read, self.tiling, tiles),
+                timestep=self.step.t,
+                alpha_bar=self.step.alpha_bar,
+                cells=np.stack([tile_cells(self.s.grid, y, x, self.level.factor) for y, x in corners]),
+                magnification=self.level.index,
+                weight=self.pass_.weight,
+                newton=self._target(corners),
+            )
+
+    def _target(self, corners: list[tuple[int, int]]) -> NewtonTarget | None:
+        if self.guide is None or not self._newton:
+            return None
+        size = TILE_PX // self.guide.ratio
+        squares = [self.guide.square(y * LATENT_FACTOR, x * LATENT_FACTOR, size) for y, x in corners]
+        g = self.s.guidance
+        return NewtonTarget(np.stack(squares), g.corrections, g.step, g.lr)

@@ -1,0 +1,1 @@
+"""Slides: so far the procedural phantom."""

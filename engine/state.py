@@ -1,0 +1,246 @@
+"""What a run knows about itself on disk: state.json, its lock, and writes that survive a power cut.
+
+A file written here is either the old one or the whole new one. It knows nothing of arrays, levels or pixels.
+Pattern: write a temporary file, fsync it, rename it over the old one, fsync the folder.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO
+
+from engine.errors import CanvasError, CanvasMismatchError
+
+STATE_VERSION = 1
+"""Raise it when what lies in a run folder changes its meaning."""
+_OURS = frozenset({"run.lock", "canvas.zarr", "config.yaml", "state.json.partial"})
+"""What a run that died before its first state.json may have left."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; everything it names is on disk."""
+
+    pass_index: int = 0
+    """Which pass of the plan."""
+    steps: int = 0
+    """Steps of that pass that are committed."""
+    decoded_px: int = 0
+    """Image rows of the finest level that are decoded and written."""
+    finished: bool = False
+    """All exports are done."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The content of state.json."""
+
+    keys: dict[str, object]
+    """Everything that decides the bytes of the picture, flat."""
+    progress: Progress
+    buffers: dict[str, int | None]
+    """Level → which of its two arrays is committed; None = neither yet."""
+    commits: int = 0
+
+    @property
+    def digest(self) -> str:
+        """Return the sha256 of the keys: equal digests make equal pictures."""
+        return _sha256(self.keys)
+
+
+def plain(keys: dict[str, object]) -> dict[str, object]:
+    """Return the keys as JSON gives them back (tuples become lists), so that old and new compare equal.
+
+    Raises: ValueError for NaN, TypeError for what JSON does not know.
+    """
+    return json.loads(json.dumps(keys, allow_nan=False))
+
+
+def _sha256(value: object) -> str:
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def load_state(path: Path) -> RunState:
+    """Read state.json. Raises CanvasError when it is garbled, edited or of another version of the engine."""
+    try:
+        record = json.loads(path.read_bytes())
+        version = record["version"]
+    except OSError as error:
+        raise disk_error(error, f"{path} cannot be read") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _garbled(path, f"it is not the JSON object this engine writes ({error})") from error
+    if version != STATE_VERSION:
+        raise CanvasError(
+            f"{path} must be of version {STATE_VERSION}; got {version!r}, written by another release of the "
+            "engine. Continue with that release, or use another output.folder."
+        )
+    if record.pop("checksum", None) != _sha256(record):
+        raise _garbled(path, "its checksum does not match its content")
+    progress = Progress(**{f.name: record[f.name] for f in fields(Progress)})
+    return RunState(record["keys"], progress, record["buffers"], record["commits"])
+
+
+def save_state(path: Path, state: RunState) -> None:
+    """Replace state.json. When this returns, the new state survives a power cut. Raises CanvasError."""
+    record: dict[str, object] = {
+        "version": STATE_VERSION,
+        "digest": state.digest,
+        **asdict(state.progress),
+        "commits": state.commits,
+        "buffers": state.buffers,
+        "keys": state.keys,
+    }
+    record["checksum"] = _sha256(record)
+    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _garbled(path: Path, why: str) -> CanvasError:
+    return CanvasError(
+        f"{path} must say which step is committed; {why}. Restore it from a backup; without it the latents "
+        f"cannot be used: remove {path.parent} or use another output.folder to start again."
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that is neither empty nor a run's, touching nothing. Raises CanvasError, OSError."""
+    if (folder / "state.json").exists():
+        load_state(folder / "state.json")
+        return
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in _OURS) if folder.exists() else []
+    if foreign or ((folder / "canvas.zarr").exists() and not (folder / "run.lock").exists()):
+        raise CanvasError(
+            f"{folder} must be empty or hold a run (state.json); it holds "
+            f"{', '.join(foreign[:3]) or 'a foreign canvas.zarr'}. Use another output.folder."
+        )
+    chunk = next((p for p in (folder / "canvas.zarr").rglob("c/*/*/*") if p.is_file()), None)
+    if chunk is not None:
+        raise CanvasError(
+            f"{folder} must have a state.json, which says how far {chunk.relative_to(folder)} and the others are. "
+            "Restore it, or remove the folder and run again."
+        )
+
+
+def check_keys(folder: Path, old: dict[str, object], new: dict[str, object]) -> None:
+    """Refuse to continue a run with other keys. Raises CanvasMismatchError naming each, old and new."""
+
+    def show(keys: dict[str, object], key: str) -> str:
+        return repr(keys[key])[:80] if key in keys else "absent"
+
+    differing = sorted(k for k in old.keys() | new.keys() if (k in old, old.get(k)) != (k in new, new.get(k)))
+    if differing:
+        lines = "; ".join(f"{k} was {show(old, k)}, now {show(new, k)}" for k in differing)
+        raise CanvasMismatchError(
+            f"{folder} holds a run of another plan: {lines}. Use the old values to continue it, or another "
+            "output.folder."
+        )
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace a file by new content, durably. Raises CanvasError; the old file then still stands."""
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, needed: int | None = None) -> Iterator[Path]:
+    """Give a temporary path to write to; afterwards it durably replaces `path`, whole or not at all.
+
+    `needed` (bytes) is for the message. Raises: CanvasError if the disk refuses; the old file then still stands.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        fsync(partial)
+        partial.replace(path)
+        fsync(path.parent)
+    except OSError as error:
+        _drop(partial)
+        raise disk_error(error, f"{path} cannot be written", path.parent, needed) from error
+    except BaseException:
+        _drop(partial)
+        raise
+
+
+def _drop(path: Path) -> None:
+    with contextlib.suppress(OSError):  # the error that led here is the one to show
+        path.unlink()
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def fsync_tree(path: Path) -> None:
+    """Fsync all files below a folder, then the folders that name them. Raises OSError."""
+    for entry in sorted(path.rglob("*"), key=lambda p: p.is_dir()):
+        fsync(entry)
+    fsync(path)
+
+
+def disk_error(error: OSError, what: str, folder: Path | None = None, needed: int | None = None) -> CanvasError:
+    """Say what a failed disk operation means to the run and what to do.
+
+    `folder` is where the free space is looked up, `needed` is in bytes.
+    """
+    if error.errno in _FULL:
+        space = f", about {needed / 2**20:,.0f} MiB are needed" if needed is not None else ""
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                space += f", {shutil.disk_usage(folder).free / 2**20:,.0f} MiB are free"
+        return CanvasError(
+            f"{what}: the disk, quota or file size limit is full{space} ({error.strerror}). Nothing "
+            "committed is lost: free some space and repeat the same command to continue."
+        )
+    if error.errno in _READ_ONLY:
+        return CanvasError(f"{what}: no permission to write ({error.strerror}). Allow it, or change output.folder.")
+    return CanvasError(f"{what}: {error.strerror or error}. Check the disk, then repeat the command to continue.")
+
+
+class RunLock:
+    """One process per run folder. The lock dies with its process, so a leftover file does not block."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: IO[str] | None = None
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            raise disk_error(error, f"{path} cannot be written") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise CanvasError(
+                f"{path.parent} must belong to one run at a time; it is in use by {owner}. Wait for that "
+                "run, stop it, or use another output.folder."
+            ) from error
+        except OSError as error:
+            file.close()
+            raise disk_error(error, f"{path} cannot be locked") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def release(self) -> None:
+        """Let another run in; harmless when repeated."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

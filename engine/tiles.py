@@ -1,0 +1,182 @@
+"""The plan of a run: levels, passes, tiles and batches. Sizes only, no pixels, no weights.
+
+Invariant: the tiles of a tiling cover every latent px, in row-major order; batches are fixed by the plan alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from engine.config import CanvasConfig, RunConfig, TileWeights
+from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX, MagnificationScale
+from engine.schedule import Step, steps
+
+
+@dataclass(frozen=True)
+class Level:
+    """A canvas at one magnification; sizes in latent px."""
+
+    name: str
+    factor: int
+    """Base px per px of this level, on each axis."""
+    index: int
+    """The model's magnification index."""
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Square tiles of 64 latent px at the crossings of `ys` and `xs`, cut into batches row by row."""
+
+    ys: tuple[int, ...]
+    xs: tuple[int, ...]
+    batch_size: int
+
+    def __len__(self) -> int:
+        return len(self.ys) * len(self.xs)
+
+    def corner(self, tile: int) -> tuple[int, int]:
+        """Return the (y, x) of a tile's top-left in latent px."""
+        return self.ys[tile // len(self.xs)], self.xs[tile % len(self.xs)]
+
+    def batches(self) -> Iterator[tuple[int, ...]]:
+        """Yield the tile numbers of each batch; only the last may be short."""
+        for start in range(0, len(self), self.batch_size):
+            yield tuple(range(start, min(start + self.batch_size, len(self))))
+
+    @property
+    def batch_count(self) -> int:
+        return -(-len(self) // self.batch_size)
+
+    def finished_rows(self, tile: int, height: int) -> int:
+        """Return how many top rows no later tile touches once `tile` is in."""
+        row, column = divmod(tile, len(self.xs))
+        if column + 1 < len(self.xs):
+            return self.ys[row]
+        return self.ys[row + 1] if row + 1 < len(self.ys) else height
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A run over timesteps with one tiling per level; None leaves a level alone."""
+
+    name: str
+    steps: tuple[Step, ...]
+    tilings: tuple[Tiling | None, ...]
+    tile_weights: TileWeights
+    weight: float
+    """Classifier-free guidance w."""
+    guided: bool
+    """Whether coarser levels steer finer ones."""
+    renoised: bool
+    """Starts from the previous pass, noised to its first timestep, instead of from noise."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before the first pixel."""
+
+    levels: tuple[Level, ...]
+    passes: tuple[Pass, ...]
+    decode: Tiling
+    size_px: tuple[int, int]
+    """(height, width) of the picture; what the last latent row and column show beyond it is cut off."""
+
+    @property
+    def finest(self) -> Level:
+        return self.levels[-1]
+
+    @property
+    def grid_shape(self) -> tuple[int, int]:
+        """Base cells under the canvas: (h, w)."""
+        return -(-self.finest.height // TILE_LATENT_PX), -(-self.finest.width // TILE_LATENT_PX)
+
+    @property
+    def covered_cells(self) -> tuple[int, int]:
+        """Base cells under the largest level, which may see past the canvas: (h, w)."""
+        spans = [(n.height * n.factor, n.width * n.factor) for n in self.levels]
+        return tuple(-(-max(s[i] for s in spans) // TILE_LATENT_PX) for i in (0, 1))  # type: ignore[return-value]
+
+
+def axis_positions(size: int, stride: int, tile: int = TILE_LATENT_PX) -> tuple[int, ...]:
+    """Return tile starts along one axis; the last tile is shifted inward so that none leaves the canvas.
+
+    Raises: ValueError when the axis is shorter than a tile.
+    """
+    if size < tile:
+        raise ValueError(f"a level must be at least one tile ({tile} latent px) on each axis; got {size}.")
+    inner = range(0, size - tile, stride)
+    return (*inner, size - tile)
+
+
+def make_tiling(height: int, width: int, stride: int, batch_size: int) -> Tiling:
+    """Return the tiling of a level; sizes in latent px."""
+    return Tiling(axis_positions(height, stride), axis_positions(width, stride), batch_size)
+
+
+def pick_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[str, ...]:
+    """Return the magnifications of a run, coarse to fine: those asked for, or the base and the finest guide whose one
+    tile sees the whole canvas (else the coarsest the model knows)."""
+    if canvas.levels is not None:
+        factors = [scale.factor(name) for name in canvas.levels]
+        if not factors or factors[-1] != 1 or any(a <= b for a, b in zip(factors, factors[1:], strict=False)):
+            raise ValueError(
+                f"canvas.levels must run from coarse to fine and end at the base {scale.base}; got "
+                f"{list(canvas.levels)}. Use for example [{scale.names[-1]}, {scale.base}]."
+            )
+        return canvas.levels
+    edge = max(canvas.height, canvas.width)
+    if edge <= TILE_LATENT_PX * LATENT_FACTOR:
+        return (scale.base,)
+    for name in scale.names[1:]:
+        if scale.factor(name) * TILE_LATENT_PX * LATENT_FACTOR >= edge:
+            return (name, scale.base)
+    return (scale.names[-1], scale.base) if len(scale.names) > 1 else (scale.base,)
+
+
+def make_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[Level, ...]:
+    """Return the levels; a coarse one covers the canvas with whole tiles at least."""
+    found = []
+    for name in pick_levels(canvas, scale):
+        factor = scale.factor(name)
+        height, width = (
+            max(-(-size // (LATENT_FACTOR * factor)), TILE_LATENT_PX) for size in (canvas.height, canvas.width)
+        )
+        found.append(Level(name, factor, scale.index(name), height, width))
+    return tuple(found)
+
+
+def make_plan(config: RunConfig, scale: MagnificationScale) -> Plan:
+    """Cut a run into levels, passes, tiles and batches."""
+    levels = make_levels(config.canvas, scale)
+    s, r = config.sampling, config.refine
+    finest = levels[-1]
+    passes = [
+        Pass(
+            "joint",
+            steps(s.start, s.stride, s.last_step_clean),
+            tuple(make_tiling(n.height, n.width, s.tile_stride, s.batch_size) for n in levels),
+            s.tile_weights,
+            s.weight,
+            guided=config.guidance.method != "none" and len(levels) > 1,
+            renoised=False,
+        )
+    ]
+    if r.start:
+        tilings = (
+            *(None for _ in levels[:-1]),
+            make_tiling(finest.height, finest.width, r.tile_stride, s.batch_size),
+        )
+        passes.append(
+            Pass(
+                "refine",
+                steps(r.start, r.stride),
+                tilings,
+                r.tile_weights,
+                r.weight,
+                guided=False,
+                renoised=True,
+            )
+        )
+    decode = make_tiling(finest.height, finest.width, config.decode.tile_stride, config.decode.batch_size)
+    return Plan(levels, tuple(passes), decode, (config.canvas.height, config.canvas.width))

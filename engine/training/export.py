@@ -1,0 +1,71 @@
+"""What a training run leaves for users: the model folder and a condition to ask it for.
+
+It does not know training. The reference is the SSL grid of a held-out region and the region's look.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from engine.model.colour import LinearColour, ThumbnailProbe
+from engine.model.demo_encoder import DemoEncoder
+from engine.model.zoomldm import ZoomLDM
+from engine.training.checkpointing import save_json, write_atomically
+from engine.training.data import Regions, Tile
+
+
+def write_model(model: ZoomLDM, encoder: DemoEncoder, heldout: Regions, out: Path, figures: dict[str, object]) -> None:
+    """Write weights as float16 with the encoder inside, training.json and the reference; replace an earlier export.
+
+    Everything is written beside `out` first: save_pretrained rightly refuses a folder with files that are not its own.
+    """
+    fresh, old = (out.with_name(f".{out.name}.{word}") for word in ("fresh", "old"))
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.extras["encoder/model"] = encoder.tensors()
+    model.save_pretrained(fresh, dtype=torch.float16)
+    save_json(fresh / "training.json", figures)
+    save_reference(heldout, fresh)
+    if out.exists():
+        out.rename(old)
+    fresh.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@torch.no_grad()
+def fit_colour_maps(model: ZoomLDM, latents: np.ndarray) -> None:
+    """Fit guidance's maps to base latents (N, 3, 64, 64) and what the decoder makes of them; they travel as extras."""
+    codes = torch.from_numpy(latents).float()
+    images = torch.cat([model.decode(part) for part in codes.to(model.device).split(8)]).float().clamp(-1, 1).cpu()
+    model.extras["guidance/linear"] = LinearColour.fit(codes, images).tensors()
+    with torch.enable_grad():
+        model.extras["guidance/probe"] = ThumbnailProbe.fit(codes, images).tensors()
+
+
+def save_reference(heldout: Regions, folder: Path) -> None:
+    """Write reference.safetensors (grid: float32 (D, k, k)) and reference.png of the most varied coarsest tile."""
+    level = len(heldout.scale.names) - 1
+    side = heldout.cells - 2**level + 1
+    places = [
+        Tile(region, y, x)
+        for region in range(len(heldout.folders))
+        for y in range(0, side, 4)
+        for x in range(0, side, 4)
+    ]
+    best = max(places, key=lambda tile: tissue_variety(heldout.picture(tile, level)))
+    grid = torch.from_numpy(np.ascontiguousarray(heldout.ssl(best, level)))
+    picture = Image.fromarray(heldout.picture(best, level))
+    write_atomically(folder / "reference.safetensors", lambda partial: save_file({"grid": grid}, partial))
+    write_atomically(folder / "reference.png", lambda partial: picture.save(partial, format="PNG"))
+
+
+def tissue_variety(picture: np.ndarray) -> float:
+    """Return the smallest share of white (fat, lumen), blue (nuclei) and pink (stroma) in uint8 (h, w, 3)."""
+    red, green, blue = (picture[..., i].astype(int) for i in range(3))
+    white = green > 215
+    nuclear = ~white & (blue > red)
+    return float(min(white.mean(), nuclear.mean(), (~white & ~nuclear).mean()))

@@ -1,0 +1,187 @@
+"""Settings of the trainer: one frozen dataclass per YAML section, valid by construction.
+
+It knows ranges and units, not models or files. Keys map 1:1 to fields and to command-line flags.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+def _require(ok: bool, rule: str, came: object) -> None:
+    if not ok:
+        raise ValueError(f"{rule}; got {came!r}.")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Sizes of the three networks; finest level first."""
+
+    unet_channels: tuple[int, ...] = (32, 64, 96, 128)
+    """U-Net width per level; every level but the finest has attention with one head."""
+    unet_layers: int = 1
+    """Residual blocks per level."""
+    context: int = 128
+    """Width of a condition token."""
+    summarizer_layers: int = 3
+    """Transformer layers of the Summarizer."""
+    heads: int = 4
+    """Attention heads of the Summarizer; its MLP is twice as wide as a token."""
+    vae_channels: tuple[int, ...] = (32, 32, 64)
+    """Autoencoder width per level; three levels make it f4."""
+    codes: int = 2048
+    """Codes of width 3."""
+    groups: int = 8
+    """Groups of every group norm; 32 groups on 32 channels would be an instance norm."""
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Which phantoms are rendered, and how many tiles of each magnification are kept."""
+
+    train_regions: int = 28
+    """Regions to learn from; their seeds are 0, 1, 2, ..."""
+    heldout_regions: int = 4
+    """Regions only measured on; their seeds are 10000, 10001, ..."""
+    region_cells: int = 32
+    """Side of a region in cells of 256 base px (32 = 8192 px = 4.1 mm at 0.5 µm/px)."""
+    train_tiles: tuple[int, ...] = (5400, 1200, 1800, 1200, 2400)
+    """Training tiles per magnification, base first."""
+    heldout_tiles: int = 24
+    """Held-out tiles per magnification."""
+    encoder_cells: int = 2048
+    """Training cells the SSL encoder is fitted on."""
+
+    def __post_init__(self) -> None:
+        _require(self.train_regions >= 1, "data.train_regions must be at least 1", self.train_regions)
+        _require(self.heldout_regions >= 1, "data.heldout_regions must be at least 1", self.heldout_regions)
+        _require(self.region_cells >= 1, "data.region_cells must be at least 1", self.region_cells)
+        _require(min(self.train_tiles) >= 1, "data.train_tiles must be positive", self.train_tiles)
+        _require(self.heldout_tiles >= 1, "data.heldout_tiles must be at least 1", self.heldout_tiles)
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """One run of AdamW with warm-up, cosine decay and an average of the weights."""
+
+    steps: int = 1000
+    """Optimiser steps; the cosine ends here."""
+    batch_size: int = 16
+    """Tiles or crops per step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    ema: float = 0.999
+    """Decay of the averaged weights, reached by the warm-up (1 + n) / (10 + n); 0 = no average."""
+    max_skipped: int = 20
+    """Steps with a loss that is not finite, before the run gives up."""
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps must be at least 1", self.steps)
+        _require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        _require(self.lr > 0, "lr must be positive", self.lr)
+        _require(self.warmup >= 0, "warmup must be 0 or more", self.warmup)
+        _require(self.clip > 0, "clip must be positive", self.clip)
+        _require(0 <= self.ema < 1, "ema must lie in [0, 1)", self.ema)
+        _require(self.max_skipped >= 0, "max_skipped must be 0 or more", self.max_skipped)
+
+
+@dataclass(frozen=True)
+class AutoencoderSettings:
+    """The VQ autoencoder: first without a codebook, then the decoder learns to live with it."""
+
+    plain: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(steps=1500, batch_size=8))
+    """Encoder and decoder without the codebook."""
+    quantised: OptimiserSettings = field(default_factory=lambda: OptimiserSettings(steps=500, batch_size=8))
+    """The decoder alone, behind the codebook."""
+    crop_px: int = 128
+    """Side of a training crop in px."""
+    plain_shares: tuple[float, ...] = (0.4, 0.15, 0.15, 0.15, 0.15)
+    """Share of each magnification in the crops of the plain stage, base first."""
+    quantised_shares: tuple[float, ...] = (0.15, 0.10, 0.25, 0.35, 0.15)
+    """The same for the quantised stage; the middle magnifications are the hardest for the decoder."""
+    latent_noise: float = 0.1
+    """Noise on the plain latents, in their standard deviations: the decoder must forgive the denoiser."""
+    colour_weight: float = 0.1
+    """Weight of the linear map from latents to mean colours."""
+    gradient_weight: float = 0.5
+    """Weight of the error of the picture's first differences."""
+
+    def __post_init__(self) -> None:
+        _require(self.crop_px % 32 == 0 and self.crop_px > 0,
+                 "autoencoder.crop_px must be a multiple of 32", self.crop_px)  # fmt: skip
+        for name, shares in (("plain_shares", self.plain_shares), ("quantised_shares", self.quantised_shares)):
+            _require(min(shares) >= 0 and sum(shares) > 0, f"autoencoder.{name} must be positive", shares)
+        _require(self.latent_noise >= 0, "autoencoder.latent_noise must be 0 or more", self.latent_noise)
+
+
+@dataclass(frozen=True)
+class DenoiserSettings(OptimiserSettings):
+    """U-Net and Summarizer together."""
+
+    magnification_weights: tuple[float, ...] = (0.45, 0.10, 0.15, 0.10, 0.20)
+    """Share of each magnification in a batch, base first."""
+    drop_condition: float = 0.1
+    """Probability that a sample is trained without its condition."""
+    coarse_weights: tuple[float, ...] = (1.0, 1.0)
+    """Extra weights of the error averaged over 8×8 and over 64×64 latent px."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(sum(self.magnification_weights) > 0 and min(self.magnification_weights) >= 0,
+                 "train.magnification_weights must be positive", self.magnification_weights)  # fmt: skip
+        _require(0 <= self.drop_condition <= 1, "train.drop_condition must lie in 0..1", self.drop_condition)
+        _require(len(self.coarse_weights) == 2, "train.coarse_weights must be two numbers", self.coarse_weights)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Everything the trainer reads; the resolved form is written into the run folder and training.json."""
+
+    run: str = "runs/train"
+    """Folder of this run: rendered regions, checkpoints, log, pictures. The same folder continues."""
+    out: str = "runs/train/model"
+    """Folder the model is written to."""
+    initial: str | None = None
+    """A model whose U-Net and Summarizer to start from: a folder or Hub id; None = random weights."""
+    seed: int = 0
+    """Seed of initial weights, data order, timesteps and noise."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the networks compute."""
+    bfloat16: bool = True
+    """Compute forward passes in bfloat16 (weights stay float32)."""
+    threads: int = 2
+    """CPU threads."""
+    checkpoint_s: float = 120.0
+    """Seconds between two checkpoints."""
+    picture_s: float = 600.0
+    """Seconds between two pictures of samples, each with an export of the averaged weights; 0 = only at the end."""
+    picture_stride: int = 50
+    """Timesteps between two steps of a picture's samples; 50 gives 20 steps."""
+    model: ModelSettings = field(default_factory=ModelSettings)
+    """Sizes of the networks."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Phantoms and tiles."""
+    autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
+    """First stage."""
+    train: DenoiserSettings = field(default_factory=DenoiserSettings)
+    """Second stage."""
+
+    def __post_init__(self) -> None:
+        per_magnification = {
+            "data.train_tiles": self.data.train_tiles,
+            "autoencoder.plain_shares": self.autoencoder.plain_shares,
+            "autoencoder.quantised_shares": self.autoencoder.quantised_shares,
+            "train.magnification_weights": self.train.magnification_weights,
+        }
+        lengths = {name: len(values) for name, values in per_magnification.items()}
+        _require(len(set(lengths.values())) == 1, "one number per magnification is needed in each list", lengths)
+        _require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
+        _require(self.threads >= 1, "threads must be at least 1", self.threads)
+        _require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
+        _require(1 <= self.picture_stride <= 1000, "picture_stride must lie in 1..1000", self.picture_stride)
+        _require(self.picture_s >= 0, "picture_s must be 0 or more", self.picture_s)

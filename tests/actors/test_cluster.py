@@ -1,0 +1,179 @@
+"""connect: what it starts is gone afterwards, what it did not start is left alone, and silence is an error in time."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from actors import cluster
+from actors.cluster import NodeResources, connect
+from actors.environment import silence_of
+from actors.replica import choose_seat
+from engine.config import RayConfig
+from engine.errors import ClusterError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import json, sys, time
+import psutil
+from actors.cluster import connect, node_resources
+from engine.config import RayConfig
+
+with connect(RayConfig(), num_cpus=1, store_bytes=100_000_000):
+    pids = [p.pid for p in psutil.Process().children(recursive=True)]
+    print(json.dumps([pids, [n.cpus for n in node_resources()]]), flush=True)
+    if sys.argv[1] == "error":
+        raise RuntimeError("on purpose")
+    if sys.argv[1] == "wait":
+        time.sleep(60)
+"""
+
+
+def run_script(argument: str, **environment: str) -> subprocess.Popen[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | environment
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, argument],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("argument", "number", "code"),
+    [
+        ("done", None, 0),
+        ("error", None, 1),
+        ("wait", signal.SIGINT, -signal.SIGINT),
+        ("wait", signal.SIGTERM, 143),
+    ],
+)
+def test_no_process_is_left_behind(argument: str, number: signal.Signals | None, code: int) -> None:
+    with run_script(argument) as script:
+        assert script.stdout is not None
+        line = script.stdout.readline()
+        assert line, script.communicate()[1]
+        pids, cpus = json.loads(line)
+        assert cpus == [1]
+        assert len(pids) >= 5
+        if number is not None:
+            os.killpg(script.pid, number) if number == signal.SIGINT else script.send_signal(number)
+            time.sleep(0.2)
+            if number == signal.SIGINT:  # an impatient second one must not cut the clean-up short
+                script.send_signal(number)
+        _, errors = script.communicate(timeout=60)
+    assert script.returncode == code, errors
+    assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_cluster_that_is_joined_is_left_running() -> None:
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    with run_script("done", RAY_ADDRESS=address) as script:
+        line, errors = script.communicate(timeout=60)
+    assert script.returncode == 0, errors
+    assert json.loads(line) == [[], [2]]
+    assert [node["Alive"] for node in ray.nodes()] == [True]
+    with connect(RayConfig(address="127.0.0.1:1")):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+
+
+@pytest.fixture
+def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let connect run although the session is connected; these tests fail before Ray is called."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
+    monkeypatch.setattr(cluster, "_descendants", lambda: iter(()))
+    monkeypatch.setattr(cluster, "ANSWER_S", 0.2)
+
+
+@pytest.mark.usefixtures("unconnected")
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("127.0.0.1:1", "127.0.0.1:1.*refused"),
+        ("head", "host:port"),
+        ("ray://head:10001", "ray job submit"),
+    ],
+)
+def test_an_address_that_cannot_be_is_an_error(address: str, words: str) -> None:
+    with pytest.raises(ClusterError, match=words), connect(RayConfig(address=address)):
+        pass
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_auto_needs_a_cluster_of_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    with pytest.raises(ClusterError, match="ray start"), connect(RayConfig(address="auto")):
+        pass
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("127.0.0.1:2\n")
+    with pytest.raises(ClusterError, match="127.0.0.1:2"), connect(RayConfig(address="auto")):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:3")
+    for config in (RayConfig(address="auto"), RayConfig()):
+        with pytest.raises(ClusterError, match="127.0.0.1:3"), connect(config):
+            pass
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_a_head_that_is_frozen_is_an_error_in_time() -> None:
+    """A socket that listens and never speaks is what a frozen head looks like."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with (
+            pytest.raises(ClusterError, match=f"127.0.0.1:{port}"),
+            connect(RayConfig(address=f"127.0.0.1:{port}")),
+        ):
+            pass
+
+
+def test_another_server_is_not_a_head() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        client = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"from actors.environment import silence_of; print(silence_of('127.0.0.1', {port}, 20))",
+            ],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        connection, _ = server.accept()
+        with connection, client:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            assert "not a Ray head" in client.communicate(timeout=30)[0]
+    assert "refused" in str(silence_of("127.0.0.1", 1, 1.0))
+
+
+def test_seats() -> None:
+    nodes = [NodeResources("a", 16, 4), NodeResources("b", 4, 1), NodeResources("c", 2, 0)]
+    gpu = choose_seat(RayConfig(), 4, "auto", nodes)
+    assert (gpu.device, gpu.num_gpus, gpu.fit(nodes)) == ("cuda", 1, 5)
+    assert choose_seat(RayConfig(gpus_per_replica=0.3), 1, "cuda", nodes).fit(nodes) == 15
+    assert choose_seat(RayConfig(gpus_per_replica=2), 1, "cuda", nodes).fit(nodes) == 2
+    cpu = choose_seat(RayConfig(), 4, "cpu", nodes)
+    assert (cpu.device, cpu.num_cpus, cpu.fit(nodes)) == ("cpu", 4, 5)
+    assert choose_seat(RayConfig(), 64, "cpu", nodes).num_cpus == 16  # more threads than cores must not wait for ever
+    with pytest.raises(ClusterError, match="c: 2 CPU, 0 GPU"):
+        choose_seat(RayConfig(), 1, "cuda", nodes[2:])
+    with pytest.raises(ClusterError, match="no node"):
+        choose_seat(RayConfig(), 1, "cpu", [])

@@ -1,0 +1,152 @@
+"""The house stands as docs/design.md says: layers, no Ray and no network in the engine, small rooms."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("generate_large", "engine.parity", "engine.train", "engine.sample")
+FLOORS = (
+    # An import goes to the same floor or down. A name stands for a module or for all of a package.
+    "errors magnification config schedule noise resize blend conditioning tiles strips state arguments",
+    "canvas image export report reference model slides",
+    "predict pointwise guidance decode",
+    "sampler",
+    "estimate conditions pilot progress outputs run replay training patches",
+    "parity train sample",
+)
+MAX_FILE, MAX_FUNCTION = 300, 50
+
+IMPORT_ALL = """
+import importlib, pkgutil, socket, sys
+
+class NoRay:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "actors", "mil"):
+            raise ImportError("the engine must not import " + name)
+
+def refuse(*_):
+    raise OSError("no network here")
+
+sys.meta_path.insert(0, NoRay())
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+import engine
+{extra}
+for module in pkgutil.walk_packages(engine.__path__, "engine."):
+    importlib.import_module(module.name)
+import torch
+assert not torch.cuda.is_initialized()
+"""
+
+
+def modules() -> dict[str, str]:
+    """Return the source of every module, by dotted name."""
+    files = [ROOT / "generate_large.py", *(ROOT / "engine").rglob("*.py"), *(ROOT / "actors").rglob("*.py")]
+    return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f.read_text() for f in files}
+
+
+def imports(source: str) -> Iterator[str]:
+    """Yield the dotted names a module imports, inside functions too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert not node.level, "absolute imports only"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor_of(module: str) -> int | None:
+    """Return the floor of an engine module."""
+    name = module.split(".")[1]
+    return next((i for i, names in enumerate(FLOORS) if name in names.split()), None)
+
+
+def faults(found: dict[str, str]) -> list[str]:
+    """Return every breach of the rules, as a sentence."""
+    said = []
+    for module, source in found.items():
+        used = set(imports(source))
+        own = {name for name in used if name in found}
+        said += [f"{module} imports the command {name}" for name in own if name in COMMANDS]
+        if module == "engine" or not module.startswith("engine."):
+            continue
+        said += [f"{module} imports {n}" for n in used if n.split(".")[0] in ("ray", "actors", "mil")]
+        here = floor_of(module)
+        if here is None:
+            said.append(f"{module} has no floor; give it one in this test and in docs/design.md")
+            continue
+        above = [n for n in own if n != "engine" and (floor_of(n) or 0) > here]
+        said += [f"{module} imports {name}, which lies above it" for name in above]
+    return said
+
+
+def circles(found: dict[str, str]) -> list[str]:
+    """Return modules that import themselves through others."""
+    graph = {m: {n for n in imports(s) if n in found and n != m} for m, s in found.items()}
+    # A package's __init__ is loaded for each of its modules anyway.
+    graph = {m: {n for n in used if not m.startswith(n + ".")} for m, used in graph.items()}
+    reach = {m: set(used) for m, used in graph.items()}
+    for _ in graph:
+        grown = {m: used | {x for n in used for x in reach[n]} for m, used in reach.items()}
+        if grown == reach:
+            break
+        reach = grown
+    return sorted(m for m, used in reach.items() if m in used)
+
+
+def test_engine_imports_without_ray_and_network() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL.format(extra="")], cwd=ROOT, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_that_test_can_fail() -> None:
+    script = IMPORT_ALL.format(extra="import actors.cluster")
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode
+    assert "must not import actors" in done.stderr
+
+
+def test_layers() -> None:
+    assert faults(modules()) == []
+    assert circles(modules()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "fault"),
+    [
+        ("engine.tiles", "import ray", "engine.tiles imports ray"),
+        ("engine.tiles", "def f():\n    from actors.pool import DenoiserPool", "imports actors.pool"),
+        ("engine.tiles", "from engine.sampler import sample_large", "lies above it"),
+        ("engine.tiles", "from engine import run", "lies above it"),
+        ("actors.pool", "import generate_large", "imports the command generate_large"),
+        ("engine.helpers", "", "has no floor"),
+    ],
+)
+def test_layers_can_fail(module: str, source: str, fault: str) -> None:
+    assert any(fault in said for said in faults({**modules(), module: source}))
+
+
+def test_circles_are_seen() -> None:
+    found = {"engine.a": "from engine.b import x", "engine.b": "import engine.c", "engine.c": "from engine import a"}
+    assert circles(found) == ["engine.a", "engine.b", "engine.c"]
+
+
+def test_rooms_stay_small() -> None:
+    too_long = []
+    for module, source in modules().items():
+        lines = source.count("\n")
+        if lines >= MAX_FILE:
+            too_long.append(f"{module}: {lines} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                length = node.end_lineno - node.lineno + 1
+                if length >= MAX_FUNCTION:
+                    too_long.append(f"{module}.{node.name}: {length} lines")
+    assert too_long == []

@@ -1,0 +1,127 @@
+"""The benchmarks run at tiny size and their figures have the right form; nothing here is about speed."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, memory, overhead
+from benchmarks.bare import BareRun, demo_config, maps_for, picture_digest
+from engine.magnification import BRCA_SCALE
+from engine.model.config import published_config
+from engine.model.networks import build_networks
+from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.pointwise import PointwiseDenoiser
+from engine.predict import LocalDenoiser
+
+FOLDER = Path(gpu.__file__).parent
+TINY = {"sampling.stride": 500, "sampling.batch_size": 2, "model.dtype": "float32", "model.threads": 1}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ZoomLDM:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ZoomLDM(tiny_config()).requires_grad_(requires_grad=False)
+
+
+def pointwise_run(size: int) -> BareRun:
+    config = demo_config(size, {"sampling.stride": 250})
+    return BareRun.of(config, BRCA_SCALE, 4, memory.MAPS)
+
+
+def test_bare_run_ends_early_when_asked(tmp_path: Path) -> None:
+    run = pointwise_run(320)
+    assert [len(r.plan.passes[0].steps) for r in (run, run.first_steps(3))] == [4, 3]
+    parts: list[str] = []
+    timing = run.go(tmp_path / "whole", PointwiseDenoiser(), parts.append)
+    run.first_steps(3).go(tmp_path / "cut", PointwiseDenoiser())
+    assert parts == ["sampling", "decoding"]
+    assert 0 < timing.sampling_waited_s < timing.sampling_s
+    assert timing.wall_s == timing.sampling_s + timing.decoding_s
+    assert picture_digest(tmp_path / "whole") != picture_digest(tmp_path / "cut")
+
+
+def test_maps_are_the_models_or_fitted(tiny: ZoomLDM, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, none = (demo_config(512, {"guidance.method": method}) for method in ("linear", "none"))
+    assert maps_for(none, tiny, PointwiseDenoiser()) == {}
+    fitted = maps_for(linear, tiny, PointwiseDenoiser())["guidance/linear"]
+    assert torch.allclose(
+        fitted["matrix"], torch.eye(3, dtype=torch.float64), atol=0.2
+    )  # its pictures are its latents, clipped
+    monkeypatch.setattr(tiny, "extras", {"guidance/linear": {"matrix": torch.zeros(3, 3), "offset": torch.zeros(3)}})
+    assert maps_for(linear, tiny, PointwiseDenoiser()) == tiny.extras
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_overhead_compares_the_same_batches(tiny: ZoomLDM) -> None:
+    config = demo_config(256, TINY | {"decode.batch_size": 2})
+    run = BareRun.of(config, tiny.config.scale, tiny.config.ssl_dim, {})
+    said: list[str] = []
+    found = overhead.compare(run, tiny, 1, said.append)
+    (pair,) = found["pairs"]  # type: ignore[misc]
+    assert found["same_bytes"] is True
+    assert pair["batches"][0] == pair["batches"][1] == 3  # two steps and a window
+    assert pair["ratio"] == pytest.approx(pair["pool_wall_s"] / pair["pure_compute_s"])
+    assert pair["pool_wall_s"] > pair["replica_compute_s"] > 0
+    assert 0 < pair["not_waiting_share"] < 1
+    assert len(said) == 1
+
+
+def test_stopwatch_gives_the_local_answers(tiny: ZoomLDM, tmp_path: Path) -> None:
+    config = demo_config(256, TINY | {"guidance.method": "none", "sampling.stride": 1000})
+    run = BareRun.of(config, tiny.config.scale, tiny.config.ssl_dim, {})
+    local = overhead.StoppedDenoiser(tiny)
+    timing = run.go(tmp_path / "a", local)
+    run.go(tmp_path / "b", LocalDenoiser(tiny))
+    assert picture_digest(tmp_path / "a") == picture_digest(tmp_path / "b")
+    assert local.batches == 2
+    assert 0 < local.seconds < timing.wall_s
+
+
+def test_memory_weighs_every_part_of_a_run() -> None:
+    row = memory.weigh(512, ("tiff", "png"), stride=500)
+    peaks = row["peak_mb"]
+    assert list(peaks) == ["before", "sampling", "decoding", "exports", "report"]  # type: ignore[call-overload]
+    assert list(peaks.values()) == sorted(peaks.values())  # type: ignore[attr-defined]
+    assert json.loads(json.dumps(row)) == row
+
+
+def test_gpu_extrapolates_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "figures.json"
+    size = ["--device", "cpu", "--model", "tiny", "--size", "320", "--batch-size", "2", "--dtype", "float32"]
+    steps = ["--steps", "2", "--limit-steps", "1", "--corrections", "1", "--methods", "newton,none"]
+    assert gpu.main([*size, *steps, "--json", str(file)]) == 0
+    newton, none = json.loads(file.read_text())["rows"]
+    assert capsys.readouterr().out.count("EXTRAPOLATED from 1 of 2 steps") == 2
+    assert (newton["method"], none["method"]) == ("newton", "none")
+    assert newton["pflop"] > 2 * none["pflop"]
+    for row in (newton, none):
+        assert row["tiles_per_step"] == 4
+        assert row["sampling_s"] == pytest.approx(2 * row["sampling_measured_s"])
+        assert row["total_s"] == pytest.approx(row["sampling_s"] + row["decoding_s"])
+        assert row["tflops_network"] >= row["tflops"] > 0
+        assert row["peak_gib"] is None
+
+
+def test_full_size_is_the_published_one() -> None:
+    networks = build_networks(published_config(), "meta").named()
+    millions = {name: sum(p.numel() for p in net.parameters()) / 1e6 for name, net in networks.items()}
+    assert millions == pytest.approx({"unet": 400.9, "vae": 55.3, "conditioner": 38.7}, abs=0.06)
+
+
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 1
+    assert "model.device=cuda needs a GPU" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["bare.py", "gpu.py", "memory.py"])
+def test_these_need_no_ray(name: str) -> None:
+    tree = ast.parse((FOLDER / name).read_text())
+    used = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+    used += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
+    assert not [u for u in used if u.split(".")[0] in ("ray", "actors") or u == "benchmarks.overhead"]

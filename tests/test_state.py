@@ -1,0 +1,103 @@
+"""Which folders a run accepts: its own, one process at a time; everything else is refused and left alone."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from test_canvas import KEYS, LEVELS, chunk, run_of
+
+from engine.canvas import Canvas
+from engine.errors import CanvasError, CanvasMismatchError
+
+
+def test_other_plan_is_refused_with_its_keys(tmp_path: Path):
+    run_of(tmp_path, 1)
+    with pytest.raises(CanvasMismatchError) as error:
+        Canvas.open(tmp_path, KEYS | {"sampling.seed": 7, "new": 1}, LEVELS | {"20x": (520, 304)})
+    for part in ("sampling.seed was 0, now 7", "new was absent, now 1", "plan.levels.20x was [520, 300]"):
+        assert part in str(error.value)
+    assert "model.source" not in str(error.value)
+    Canvas.open(tmp_path, KEYS, LEVELS).close()
+
+
+def test_foreign_folder_is_refused_and_left_alone(tmp_path: Path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(CanvasError, match=r"thesis\.tex.*another output\.folder"):
+        Canvas.open(tmp_path, KEYS, LEVELS)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_foreign_state_is_refused_and_left_alone(tmp_path: Path):
+    (tmp_path / "state.json").write_text('{"epoch": 3}')
+    with pytest.raises(CanvasError, match=r"state\.json"):
+        Canvas.open(tmp_path, KEYS, LEVELS)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_file_in_place_of_the_folder_is_refused(tmp_path: Path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(CanvasError, match=r"run.*output\.folder"):
+        Canvas.open(tmp_path / "run", KEYS, LEVELS)
+
+
+def test_run_that_died_while_being_created_is_created_again(tmp_path: Path):
+    Canvas.open(tmp_path, KEYS, LEVELS).close()
+    (tmp_path / "state.json").unlink()
+    shutil.rmtree(tmp_path / "canvas.zarr" / "20x" / "latent_1")
+    with Canvas.open(tmp_path, KEYS, LEVELS) as canvas:
+        assert canvas.fresh
+
+
+def test_latents_without_state_are_not_overwritten(tmp_path: Path):
+    run_of(tmp_path, 1)
+    (tmp_path / "state.json").unlink()
+    with pytest.raises(CanvasError, match=r"must have a state\.json"):
+        Canvas.open(tmp_path, KEYS, LEVELS)
+    assert chunk(tmp_path, "20x/latent_0", "0/0/0").exists()
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "flip", "binary", "version"])
+def test_garbled_state_names_the_file(tmp_path: Path, harm: str):
+    run_of(tmp_path, 1)
+    state = tmp_path / "state.json"
+    good = state.read_bytes()
+    state.write_bytes({
+        "cut": good[: len(good) // 2],
+        "empty": b"",
+        "flip": good.replace(b'"steps": 1', b'"steps": 3'),
+        "binary": b"\xff\x00" * 40,
+        "version": good.replace(b'"version": 1', b'"version": 99'),
+    }[harm])  # fmt: skip
+    with pytest.raises(CanvasError, match=r"state\.json must.*output\.folder"):
+        Canvas.open(tmp_path, KEYS, LEVELS)
+
+
+def test_second_run_on_the_folder_is_refused_while_the_first_lives(tmp_path: Path):
+    canvas = Canvas.open(tmp_path, KEYS, LEVELS)
+    with pytest.raises(CanvasError, match=f"one run at a time.*process {os.getpid()}"):
+        Canvas.open(tmp_path, KEYS, LEVELS)
+    canvas.close()
+    Canvas.open(tmp_path, KEYS, LEVELS).close()
+
+
+def test_failed_open_lets_the_folder_go(tmp_path: Path):
+    run_of(tmp_path, 1)
+    with pytest.raises(CanvasMismatchError):
+        Canvas.open(tmp_path, {}, LEVELS)
+    Canvas.open(tmp_path, KEYS, LEVELS).close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root drops its rights here; others may not")
+def test_read_only_folder_is_refused():
+    """As another user, because root may write everywhere; pytest's own folders are closed to others."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o555)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(CanvasError, match=r"run\.lock.*permission.*output\.folder"):
+                Canvas.open(folder, KEYS, LEVELS)
+        finally:
+            os.seteuid(0)

@@ -1,0 +1,113 @@
+"""A run is a function of its settings and seed, whatever kills it; bad losses are counted, not learned from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engine.errors import CheckpointError
+from engine.training.loop import Optimisation, TrainingError, learning_rate, step_rng
+from engine.training.settings import OptimiserSettings
+
+SETTINGS = OptimiserSettings(steps=8, batch_size=2, lr=0.01, warmup=2, ema=0.9, max_skipped=1)
+
+
+class Killed(Exception):
+    pass
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.SiLU(), nn.Conv2d(4, 1, 1))
+
+
+def loss_of(module: nn.Module, killed_at: int | None = None, bad: frozenset[int] = frozenset()):
+    def loss(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
+        if step == killed_at:
+            raise Killed
+        images = torch.from_numpy(step_rng(0, 9, step).standard_normal((2, 3, 8, 8))).float()
+        scale = float("nan") if step in bad else 1.0
+        return module(images).square().mean() * scale, {}
+
+    return loss
+
+
+def final(path: Path, killed_at: int | None) -> dict[str, Tensor]:
+    module = network()
+    # checkpoint_s tiny: a checkpoint after every step, so that the kill loses only the step it hits
+    optimisation = Optimisation(module, SETTINGS, path, checkpoint_s=1e-9)
+    if killed_at is not None:
+        with pytest.raises(Killed):
+            optimisation.run(loss_of(module, killed_at))
+        module = network()
+        optimisation = Optimisation(module, SETTINGS, path, checkpoint_s=1e-9)
+        assert optimisation.step == killed_at
+    optimisation.run(loss_of(module))
+    averages = {f"average.{k}": v for k, v in optimisation.average.values.items()}
+    return dict(module.state_dict()) | averages
+
+
+def test_resume_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
+    straight = final(tmp_path / "a.pt", None)
+    resumed = final(tmp_path / "b.pt", killed_at=5)
+    assert straight.keys() == resumed.keys()
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first = final(tmp_path / "a.pt", None)
+    again = final(tmp_path / "a.pt", None)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+def test_a_loss_that_is_not_finite_is_skipped_then_ends_the_run(tmp_path: Path) -> None:
+    module = network()
+    optimisation = Optimisation(module, SETTINGS, tmp_path / "a.pt", checkpoint_s=1e9)
+    optimisation.run(loss_of(module, bad=frozenset({3})))
+    assert optimisation.skipped == 1
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    module = network()
+    with pytest.raises(TrainingError, match="at most 1 steps"):
+        Optimisation(module, SETTINGS, tmp_path / "b.pt", 1e9).run(loss_of(module, bad=frozenset({3, 5})))
+
+
+def test_rate_warms_up_and_decays_to_one_percent() -> None:
+    rates = [learning_rate(SETTINGS, step) for step in range(9)]
+    assert rates[0] == pytest.approx(0.005)
+    assert max(rates) == pytest.approx(0.01)
+    assert rates[8] == pytest.approx(0.0001)
+
+
+def test_exchanging_the_average_twice_changes_nothing(tmp_path: Path) -> None:
+    module = network()
+    optimisation = Optimisation(module, SETTINGS, tmp_path / "a.pt", 1e9)
+    optimisation.run(loss_of(module))
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    optimisation.average.exchange(module)
+    assert any(not torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    optimisation.average.exchange(module)
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"a\.pt"):
+        Optimisation(network(), SETTINGS, tmp_path / "a.pt", 1e9)
+
+
+def test_shares_average_to_the_gradient_of_the_whole(tmp_path: Path) -> None:
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for shares in (1, 2):
+        module = network()
+        optimisation = Optimisation(module, SETTINGS, tmp_path / f"{shares}.pt", 1e9, shares=shares)
+
+        def loss(step: int, share: int, module: nn.Module = module, shares: int = shares):
+            return module(images[share::shares]).square().mean(), {}
+
+        optimisation._gradients(loss)
+        results.append([p.grad.clone() for p in module.parameters()])
+    for whole, halves in zip(*results, strict=True):
+        assert torch.allclose(whole, halves, atol=1e-6)
