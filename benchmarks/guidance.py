@@ -19,8 +19,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from benchmarks.bare import demo_config
 from benchmarks.quality import HeldOut, held_out
-from engine.arguments import parse
 from engine.config import GuidanceConfig, RunConfig
 from engine.image import Image
 from engine.model.encoders import load_encoder
@@ -68,15 +68,8 @@ def measure(region: HeldOut, size: int, guidance: GuidanceConfig, keep: Path | N
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "reference.png"
         PIL.Image.fromarray(region.pixels[:size, :size]).save(picture)
-        config = parse(["--config", "configs/demo.yaml"], RunConfig, "guidance", "")
-        config = replace(
-            config,
-            reference=str(picture),
-            canvas=replace(config.canvas, height=size, width=size),
-            guidance=guidance,
-            output=replace(config.output, folder=f"{folder}/run", formats=()),
-        )
-        out = run(prepare(config), engage, Progress())
+        config = demo_config(size, {"reference": picture, "output.folder": f"{folder}/run", "output.formats": []})
+        out = run(prepare(replace(config, guidance=guidance)), engage, Progress())
         report = json.loads((out / "report.json").read_text())
         canvas = Image.open(out / "image.ome.zarr").read(0, size, 0, size).astype(np.float32)
         if keep is not None:

@@ -9,15 +9,14 @@ canvases, steered and not. Figures are of pictures, not of time, so a busy machi
 import argparse
 import json
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 
-from engine.arguments import parse
-from engine.config import RunConfig
+from benchmarks.bare import demo_config
 from engine.decode import to_uint8
 from engine.model.encoders import load_encoder
 from engine.model.zoomldm import ZoomLDM
@@ -130,16 +129,8 @@ def canvas_figures(region: HeldOut, size: int, method: str, folder: Path) -> dic
     """Run command 1's path on a held-out region and read its own report."""
     picture = folder / "reference.png"
     PIL.Image.fromarray(region.pixels[:size, :size]).save(picture)
-    config = parse(["--config", "configs/demo.yaml"], RunConfig, "quality", "")
-    config = replace(
-        config,
-        reference=str(picture),
-        canvas=replace(config.canvas, height=size, width=size),
-        guidance=replace(config.guidance, method=method),
-        ray=replace(config.ray, enabled=False),
-        output=replace(config.output, folder=str(folder / method), formats=()),
-    )
-    out = run(prepare(config), work_alone, Progress())
+    settings = {"reference": picture, "guidance.method": method, "output.folder": folder / method, "output.formats": []}
+    out = run(prepare(demo_config(size, settings)), work_alone, Progress())
     report = json.loads((out / "report.json").read_text())
     return {key: report[key] for key in ("size_px", "guidance", "consistency_psnr_db", "seam_score")}
 

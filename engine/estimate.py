@@ -157,9 +157,7 @@ def pass_calls(plan: Plan, pass_: Pass, config: RunConfig) -> Calls:
             n = tiles * guided * config.guidance.corrections
             total += Calls(unet=2 * per_prediction * n, encode=2 * n, decode=n)
         if level is not plan.finest and pass_.guided:
-            windows = level.height * level.width / (TILE_LATENT_PX * min(config.decode.tile_stride, TILE_LATENT_PX))
-            batch = config.decode.batch_size
-            total += Calls(decode=max(1, round(windows / batch)) * batch * steps)
+            total += Calls(decode=evaluated(plan.decodes[number]) * steps)
     return total
 
 

@@ -116,14 +116,15 @@ class Cropped:
 
 
 def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
-    """Return the rows and columns, in px, where a tile of the first pass begins or ends on the finest level."""
-    tiling = plan.passes[0].tilings[-1]
-    assert tiling is not None  # the first pass covers every level
+    """Return the rows and columns, in px, where a tile of the first pass or a decoded window begins or ends."""
+    joint = plan.passes[0].tilings[-1]
+    assert joint is not None  # the first pass covers every level
 
-    def edges(starts: tuple[int, ...], size_px: int) -> list[int]:
+    def edges(starts: set[int], size_px: int) -> list[int]:
         return [min(e * LATENT_FACTOR, size_px) for p in starts for e in (p, p + TILE_LATENT_PX)]
 
-    return edges(tiling.ys, plan.size_px[0]), edges(tiling.xs, plan.size_px[1])
+    windows = plan.decode
+    return edges({*joint.ys, *windows.ys}, plan.size_px[0]), edges({*joint.xs, *windows.xs}, plan.size_px[1])
 
 
 def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object], clock: Clock) -> None:

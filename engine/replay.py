@@ -138,7 +138,8 @@ def _sample(model: ZoomLDM, grid: np.ndarray, x_t: np.ndarray, pass_: Pass, nois
     """Run one pass of `sample_large` over x_t (3, h, w) with given noise; returns the latents (3, h, w)."""
     height, width = x_t.shape[1:]
     level = Level("base", 1, 0, height, width)
-    plan = Plan((level,), (pass_,), make_tiling(height, width, TILE_LATENT_PX, 1), (4 * height, 4 * width))
+    windows = make_tiling(height, width, TILE_LATENT_PX, 1)
+    plan = Plan((level,), (pass_,), (windows,), (4 * height, 4 * width))
     given = lambda stream, step, rows, width: noise[step][:, rows[0] : rows[1]]  # noqa: E731
     with tempfile.TemporaryDirectory() as folder, Canvas.open(Path(folder) / "run", {}, {"base": (height, width)}) as c:
         for y0 in range(0, height, BAND):

@@ -24,7 +24,7 @@ from engine.noise import noise_rows
 from engine.predict import DenoiseTiles, NewtonTarget, TileBatch
 from engine.schedule import Step
 from engine.strips import BandReader, gather_tiles, in_bands
-from engine.tiles import Level, Pass, Plan, Tiling, make_tiling
+from engine.tiles import Level, Pass, Plan, Tiling
 
 Noise = Callable[[str, int, tuple[int, int], int], np.ndarray]
 """(stream, step, (y0, y1), width) → standard normal float32 (3, y1−y0, width)."""
@@ -120,11 +120,8 @@ def _step(s: Sampling, pass_: Pass, number: int) -> None:
 
 def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarray:
     """Decode a coarse level's x0 (3, h, w) to its picture, float32 (3, 4h, 4w) clamped to [−1, 1]."""
-    stride = s.plan.decode.ys[1] - s.plan.decode.ys[0] if len(s.plan.decode.ys) > 1 else TILE_LATENT_PX
-    tiling = make_tiling(level.height, level.width, stride, s.plan.decode.batch_size)
-    rows = decode_rows(
-        lambda y0, y1: x0[:, y0:y1], (level.height, level.width), tiling, s.denoiser, s.decode_sigma, f"{key}/guide"
-    )
+    size, windows = (level.height, level.width), s.plan.decodes[s.plan.levels.index(level)]
+    rows = decode_rows(lambda y0, y1: x0[:, y0:y1], size, windows, s.denoiser, s.decode_sigma, f"{key}/guide")
     return np.clip(np.concatenate(list(rows), axis=1), -1, 1)
 
 

@@ -78,13 +78,19 @@ class Plan:
 
     levels: tuple[Level, ...]
     passes: tuple[Pass, ...]
-    decode: Tiling
+    decodes: tuple[Tiling, ...]
+    """Per level, the windows it is decoded in."""
     size_px: tuple[int, int]
     """(height, width) of the picture; what the last latent row and column show beyond it is cut off."""
 
     @property
     def finest(self) -> Level:
         return self.levels[-1]
+
+    @property
+    def decode(self) -> Tiling:
+        """The windows of the picture itself."""
+        return self.decodes[-1]
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -178,5 +184,6 @@ def make_plan(config: RunConfig, scale: MagnificationScale) -> Plan:
                 renoised=True,
             )
         )
-    decode = make_tiling(finest.height, finest.width, config.decode.tile_stride, config.decode.batch_size)
-    return Plan(levels, tuple(passes), decode, (config.canvas.height, config.canvas.width))
+    d = config.decode
+    decodes = tuple(make_tiling(n.height, n.width, d.tile_stride, d.batch_size) for n in levels)
+    return Plan(levels, tuple(passes), decodes, (config.canvas.height, config.canvas.width))

@@ -89,8 +89,8 @@ def test_fitted_map_is_a_function_of_its_inputs_and_is_kept(
 def test_edges_lie_where_tiles_begin_and_end() -> None:
     config = RunConfig(canvas=CanvasConfig(height=448, width=256))
     ys, xs = tile_edges(make_plan(config, tiny_config().scale))
-    assert ys == [0, 256, 192, 448]
-    assert xs == [0, 256]
+    assert set(ys) == {0, 192, 256, 448}
+    assert set(xs) == {0, 256}
 
 
 def test_cropped_picture_is_a_multiple_of_the_guide() -> None:

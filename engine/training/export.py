@@ -47,16 +47,25 @@ def fit_colour_maps(model: ZoomLDM, latents: np.ndarray) -> None:
 
 
 def save_reference(heldout: Regions, folder: Path) -> None:
-    """Write reference.safetensors (grid: float32 (D, k, k)) and reference.png of the most varied coarsest tile."""
+    """Write reference.safetensors (grid: float32 (D, k, k)) and reference.png of the most varied coarsest tile.
+
+    A small canvas shows the top left only (a quarter of each side at 1024 px), so that part has to be varied too.
+    """
     level = len(heldout.scale.names) - 1
     side = heldout.cells - 2**level + 1
     places = [
         Tile(region, y, x)
         for region in range(len(heldout.folders))
-        for y in range(0, side, 4)
-        for x in range(0, side, 4)
+        for y in range(0, side, 2)
+        for x in range(0, side, 2)
     ]
-    best = max(places, key=lambda tile: tissue_variety(heldout.picture(tile, level)))
+
+    def variety(tile: Tile) -> float:
+        picture = heldout.picture(tile, level)
+        quarter = picture[: picture.shape[0] // 4, : picture.shape[1] // 4]
+        return min(tissue_variety(picture), tissue_variety(quarter))
+
+    best = max(places, key=variety)
     grid = torch.from_numpy(np.ascontiguousarray(heldout.ssl(best, level)))
     picture = Image.fromarray(heldout.picture(best, level))
     write_atomically(folder / "reference.safetensors", lambda partial: save_file({"grid": grid}, partial))
