@@ -50,7 +50,7 @@ class CanvasConfig:
     width: int = 1024
     """Width in px, at least 256."""
     levels: tuple[str, ...] | None = None
-    """Magnifications from coarse to fine, e.g. [1.25x, 20x]; None picks one guide that sees the whole canvas."""
+    """Magnifications from coarse to fine, e.g. [1.25x, 20x]; None picks those whose coarsest tile sees the canvas."""
 
     def __post_init__(self) -> None:
         for name, size in (("height", self.height), ("width", self.width)):

@@ -5,10 +5,14 @@ Invariant: the tiles of a tiling cover every latent px, in row-major order; batc
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from engine.config import CanvasConfig, RunConfig, TileWeights
-from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX, MagnificationScale
+from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX, TILE_PX, MagnificationScale
 from engine.schedule import Step, steps
+
+MAX_STEP = 16
+"""Largest factor between a level and the one that steers it; a tile then lies under 16×16 px of its guide."""
 
 
 @dataclass(frozen=True)
@@ -121,23 +125,30 @@ def make_tiling(height: int, width: int, stride: int, batch_size: int) -> Tiling
 
 
 def pick_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[str, ...]:
-    """Return the magnifications of a run, coarse to fine: those asked for, or the base and the finest guide whose one
-    tile sees the whole canvas (else the coarsest the model knows)."""
+    """Return the magnifications of a run, coarse to fine: those asked for, or a cascade.
+
+    The cascade ends at the finest magnification whose one tile sees the whole canvas (else at the coarsest the model
+    knows) and gets there in the widest steps of a factor of at most 16: coarser levels between cost less.
+    Raises: ValueError when the levels asked for do not run from coarse to the base in such steps.
+    """
     if canvas.levels is not None:
         factors = [scale.factor(name) for name in canvas.levels]
-        if not factors or factors[-1] != 1 or any(a <= b for a, b in zip(factors, factors[1:], strict=False)):
+        if not factors or factors[-1] != 1 or any(not 1 < a / b <= MAX_STEP for a, b in pairwise(factors)):
             raise ValueError(
-                f"canvas.levels must run from coarse to fine and end at the base {scale.base}; got "
-                f"{list(canvas.levels)}. Use for example [{scale.names[-1]}, {scale.base}]."
+                f"canvas.levels must run from coarse to fine in steps of a factor of at most {MAX_STEP} and end at the "
+                f"base {scale.base}; got {list(canvas.levels)}. Leave it out to have the levels picked."
             )
         return canvas.levels
-    edge = max(canvas.height, canvas.width)
-    if edge <= TILE_LATENT_PX * LATENT_FACTOR:
-        return (scale.base,)
-    for name in scale.names[1:]:
-        if scale.factor(name) * TILE_LATENT_PX * LATENT_FACTOR >= edge:
-            return (name, scale.base)
-    return (scale.names[-1], scale.base) if len(scale.names) > 1 else (scale.base,)
+    wanted = max(canvas.height, canvas.width) / TILE_PX
+    found = [scale.base]
+    while scale.factor(found[0]) < wanted:
+        here = scale.factor(found[0])
+        reach = [name for name in scale.names if here < scale.factor(name) <= here * MAX_STEP]
+        if not reach:
+            break
+        enough = [name for name in reach if scale.factor(name) >= wanted]
+        found.insert(0, enough[0] if enough else reach[-1])
+    return tuple(found)
 
 
 def make_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[Level, ...]:

@@ -40,10 +40,12 @@ def test_finished_rows_are_those_no_later_tile_touches() -> None:
         (260, ("10x", "20x")),
         (1024, ("5x", "20x")),
         (4096, ("1.25x", "20x")),
-        (65536, ("0.15625x", "20x")),
+        (8192, ("0.625x", "1.25x", "20x")),
+        (32768, ("0.15625x", "1.25x", "20x")),
+        (131072, ("0.15625x", "1.25x", "20x")),
     ],
 )
-def test_the_guide_is_the_finest_level_that_sees_the_whole_canvas(edge: int, levels: tuple[str, ...]) -> None:
+def test_a_cascade_ends_at_the_finest_level_that_sees_the_whole_canvas(edge: int, levels: tuple[str, ...]) -> None:
     assert pick_levels(CanvasConfig(256, edge), BRCA_SCALE) == levels
 
 
@@ -57,7 +59,7 @@ def test_levels_cover_the_canvas_and_the_grid_covers_the_levels() -> None:
         assert plan.grid_shape == (-(-height // 256), -(-width // 256))
 
 
-@pytest.mark.parametrize("levels", [("20x", "5x"), ("5x",), ("5x", "5x", "20x"), ()])
+@pytest.mark.parametrize("levels", [("20x", "5x"), ("5x",), ("5x", "5x", "20x"), ("0.15625x", "20x"), ()])
 def test_levels_must_run_from_coarse_to_the_base(levels: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="canvas.levels must run from coarse to fine"):
         pick_levels(CanvasConfig(1024, 1024, levels), BRCA_SCALE)
