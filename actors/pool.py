@@ -109,7 +109,7 @@ class DenoiserPool:
             if time.monotonic() > until:
                 raise ClusterError(f"{count} replicas must be ready; {len(self.replicas)} are. {self._shortage()}")
 
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         """See DenoiseTiles. At most 2 · `in_flight` · replicas batches are read ahead.
 
         Raises: ReplicaLostError when a batch failed `max_attempts` times; ClusterError when no replica can be had for

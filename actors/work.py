@@ -6,6 +6,7 @@ Invariant: every batch a run takes is handed out once, in the order it was taken
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -47,7 +48,7 @@ class Run:
     """One iteration over batches: what is still to come, to ask again, and to hand out."""
 
     method: Literal["denoise", "decode"]
-    source: Iterator[Batch]
+    source: Iterator[Batch | None]
     again: deque[Work] = field(default_factory=deque)
     done: dict[int, Value] = field(default_factory=dict)
     taken: int = 0
@@ -61,14 +62,21 @@ class Run:
         return self.exhausted and self.given == self.taken
 
     def next_work(self, window: int) -> Work | None:
-        """Return a batch to ask again, else a new one unless `window` batches are on their way, else None."""
+        """Return a batch to ask again, else a new one unless `window` batches are on their way, else None.
+
+        Raises: RuntimeError if the source waits for an answer although all were handed out.
+        """
         if self.again:
             return self.again.popleft()
         if self.exhausted or self.taken - self.given >= window:
             return None
-        batch = next(self.source, None)
-        if batch is None:
+        found = list(islice(self.source, 1))
+        if not found:
             self.exhausted = True
+            return None
+        if (batch := found[0]) is None:
+            if self.taken == self.given:
+                raise RuntimeError("a source of batches must have one when every answer was taken; got None.")
             return None
         self.taken += 1
         return Work(self, self.taken - 1, batch)

@@ -25,7 +25,7 @@ from engine.config import GuidanceConfig, RunConfig
 from engine.image import Image
 from engine.model.encoders import load_encoder
 from engine.model.zoomldm import ZoomLDM
-from engine.predict import DecodeBatch, DecodedBatch, LocalDenoiser, TileBatch, TilePrediction
+from engine.predict import DecodeBatch, DecodedBatch, LocalDenoiser, TileBatch, TilePrediction, one_by_one
 from engine.progress import Progress
 from engine.run import Crew, pin_arithmetic, prepare, run
 
@@ -39,8 +39,8 @@ class Counting:
     autoencoder: int = 0
     compute_s: float = 0.0
 
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
-        for batch in batches:
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
+        for batch in one_by_one(batches):
             start = time.perf_counter()
             yield self.inner.denoise_batch(batch)
             self.compute_s += time.perf_counter() - start

@@ -106,18 +106,20 @@ class Canvas:
         """The sha256 of the keys: names the plan in exports and reports."""
         return self._state.digest
 
-    def read(self, level: str, y0: int, y1: int) -> np.ndarray:
+    def read(self, level: str, y0: int, y1: int, ahead: bool = False) -> np.ndarray:
         """Return the committed rows y0..y1 of a level, float32 (3, y1-y0, w) in latent px.
 
+        `ahead` returns what was written since the last commit instead; ask `written` first.
         Raises: CanvasError naming array and chunk if a chunk is missing or damaged; ValueError if the rows
-        lie outside the level, or if it was never committed.
+        lie outside the level, or if they were never committed (ahead: written).
         """
         height, _ = self._size(level)
         if not 0 <= y0 < y1 <= height:
             raise ValueError(f"rows must lie in 0..{height} of level {level}; got {y0}..{y1}.")
-        buffer = self._state.buffers[level]
-        if buffer is None:
-            raise ValueError(f"level {level} must be committed before it is read; write and commit it first.")
+        buffer = self._other(level) if ahead else self._state.buffers[level]
+        if buffer is None or (ahead and not self.written(level, y0, y1)):
+            done = "written" if ahead else "committed"
+            raise ValueError(f"rows {y0}..{y1} of level {level} must be {done} before they are read.")
         array = self._arrays[level, buffer]
         try:
             rows = np.asarray(array[:, y0:y1])
@@ -156,6 +158,10 @@ class Canvas:
         except OSError as error:
             raise self._full(error, f"{array.path}, rows {y0}..{y0 + wanted[1]}, cannot be written") from error
         self._written.setdefault(level, set()).add(y0 // BAND)
+
+    def written(self, level: str, y0: int, y1: int) -> bool:
+        """Say whether all bands under rows y0..y1 were written since the last commit."""
+        return self._written.get(level, set()).issuperset(range(y0 // BAND, -(-y1 // BAND)))
 
     def commit(self, pass_index: int, steps: int, levels: Iterable[str] | None = None) -> None:
         """Publish what was written: durable when this returns, and the state before it if it does not.

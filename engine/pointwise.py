@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from engine.magnification import LATENT_FACTOR
-from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
+from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction, one_by_one
 
 
 class PointwiseDenoiser:
@@ -18,8 +18,8 @@ class PointwiseDenoiser:
     def __init__(self, gain: float = 0.5) -> None:
         self.gain = np.float32(gain)
 
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
-        for batch in batches:
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
+        for batch in one_by_one(batches):
             shift = batch.cells.mean(axis=(1, 2, 3), dtype=np.float32)[:, None, None, None]
             yield TilePrediction(batch.key, self.gain * batch.x_t + shift)
 

@@ -84,9 +84,13 @@ class DecodedBatch:
 
 
 class DenoiseTiles(Protocol):
-    """Evaluate batches somewhere; answers come in the order asked, lazily, with bounded read-ahead."""
+    """Evaluate batches somewhere; answers come in the order asked, lazily, with bounded read-ahead.
 
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]: ...
+    A source that is read ahead may give None: its next batch needs an answer that was not taken yet; ask again after
+    the next one is.
+    """
+
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]: ...
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]: ...
 
@@ -148,6 +152,17 @@ def predict_tiles(model: ZoomLDM, batch: TileBatch, context: Tensor) -> tuple[Te
     return x_t, x0, eps
 
 
+def one_by_one(batches: Iterable[TileBatch | None]) -> Iterator[TileBatch]:
+    """Yield the batches of a source that is not read ahead.
+
+    Raises: RuntimeError if it waits for an answer although all were taken.
+    """
+    for batch in batches:
+        if batch is None:
+            raise RuntimeError("a source of batches must have one when every answer was taken; got None.")
+        yield batch
+
+
 class LocalDenoiser:
     """DenoiseTiles in this process: the specification that every other denoiser must match.
 
@@ -159,8 +174,8 @@ class LocalDenoiser:
         self.model = model
         self._contexts: OrderedDict[tuple[int, tuple[int, ...], bytes], Tensor] = OrderedDict()
 
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
-        for batch in batches:
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
+        for batch in one_by_one(batches):
             yield self.denoise_batch(batch)
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TextIO, TypeVar
 
 from tqdm import tqdm
@@ -106,7 +107,7 @@ class TimedDenoiser:
         self._inner = inner
         self.waited_s = 0.0
 
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         yield from self._timed(self._inner.denoise, batches)
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
@@ -119,10 +120,10 @@ class TimedDenoiser:
             source = iter(batches)
             while True:
                 with making.phase("batches"):
-                    batch = next(source, None)
-                if batch is None:
+                    found = list(islice(source, 1))
+                if not found:
                     return
-                yield batch
+                yield found[0]
 
         answers = function(watched())
         while True:

@@ -21,7 +21,7 @@ from engine.decode import decode_rows
 from engine.guidance import CanvasGuidance, GuidePicture, steer_rows
 from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.noise import noise_rows
-from engine.predict import DenoiseTiles, NewtonTarget, TileBatch
+from engine.predict import DenoiseTiles, NewtonTarget, TileBatch, TilePrediction
 from engine.schedule import Step
 from engine.strips import BandReader, gather_tiles, in_bands
 from engine.tiles import Level, Pass, Plan, Tiling
@@ -76,11 +76,7 @@ def sample_large(s: Sampling) -> None:
             continue
         if index > s.canvas.progress.pass_index:
             _renoise(s, index, pass_)
-        s.watch.step(pass_.name, s.canvas.progress.steps, len(pass_.steps))
-        for number in range(s.canvas.progress.steps, len(pass_.steps)):
-            _step(s, pass_, number)
-            s.canvas.commit(index, number + 1)
-            s.watch.step(pass_.name, number + 1, len(pass_.steps))
+        _run(s, index, pass_)
 
 
 def _start_from_noise(s: Sampling) -> None:
@@ -103,19 +99,33 @@ def _renoise(s: Sampling, index: int, pass_: Pass) -> None:
     s.canvas.commit(index, 0)
 
 
-def _step(s: Sampling, pass_: Pass, number: int) -> None:
-    """Move every level of the pass from x_t to x_{t−}, coarse to fine; each level's x0 is the next one's guide."""
-    guide: tuple[Level, np.ndarray] | None = None
+def _run(s: Sampling, index: int, pass_: Pass) -> None:
+    """Do the steps of a pass that are left, each level from x_t to x_{t−}, coarse to fine.
+
+    The denoiser sees one stream of batches: while it is busy with the last tiles of a step, it may be given the first
+    ones of the next, as soon as the rows under them are written. Answers come in order, so that nothing is written for
+    a step before the one before it is committed.
+    """
+    first, total = s.canvas.progress.steps, len(pass_.steps)
+    work = [_level_steps(s, pass_, number) for number in range(first, total)]
+    answers = s.denoiser.denoise(batch for levels in work for level in levels for batch in level.batches())
+    s.watch.step(pass_.name, first, total)
+    for number, levels in enumerate(work, first):
+        for level in levels:
+            level.run(answers)
+        s.canvas.commit(index, number + 1)
+        s.watch.step(pass_.name, number + 1, total)
+
+
+def _level_steps(s: Sampling, pass_: Pass, number: int) -> list["LevelStep"]:
+    """Return a step's work, coarse to fine; each level hangs on the one that steers it."""
+    found: list[LevelStep] = []
+    guided = pass_.guided and s.guidance.covers(pass_.steps[number].t)
     for level, tiling in zip(s.plan.levels, pass_.tilings, strict=True):
-        if tiling is None:
-            continue
-        picture = None
-        if guide is not None and pass_.guided and s.guidance.covers(pass_.steps[number].t):
-            picture = GuidePicture(guide[1], guide[0].factor // level.factor)
-        work = LevelStep(s, pass_, number, level, tiling, picture)
-        x0 = work.run(keep_x0=pass_.guided and level is not s.plan.finest)
-        if x0 is not None:
-            guide = level, picture_of(s, level, x0, work.key)
+        if tiling is not None:
+            above = found[-1] if found and guided else None
+            found.append(LevelStep(s, pass_, number, level, tiling, above, guided and level is not s.plan.finest))
+    return found
 
 
 def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarray:
@@ -125,16 +135,23 @@ def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarra
     return np.clip(np.concatenate(list(rows), axis=1), -1, 1)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LevelStep:
-    """One step of one level."""
+    """One step of one level: cuts its batches, and makes x_{t−} of their answers."""
 
     s: Sampling
     pass_: Pass
     number: int
     level: Level
     tiling: Tiling
-    guide: GuidePicture | None
+    above: "LevelStep | None"
+    """The same step of the level that steers this one."""
+    steers: bool
+    """Whether it steers a finer one."""
+    x0: np.ndarray | None = None
+    """float32 (3, h, w): what a finer level is to be steered by, from run() to picture()."""
+    guide: GuidePicture | None = None
+    """What steers this level, during run()."""
 
     @property
     def step(self) -> Step:
@@ -146,16 +163,18 @@ class LevelStep:
 
     @property
     def _newton(self) -> bool:
-        return self.guide is not None and self.s.guidance.method == "newton"
+        return self.above is not None and self.s.guidance.method == "newton"
 
-    def run(self, keep_x0: bool) -> np.ndarray | None:
-        """Write x_{t−} of the whole level, band by band; return x0 (3, h, w) when it is to guide the next level."""
+    def run(self, answers: Iterator[TilePrediction]) -> None:
+        """Write x_{t−} of the whole level, band by band, from the answers to its batches."""
         s, level = self.s, self.level
+        if self.above is not None:
+            self.guide = self.above.picture(level)
         read = BandReader(lambda y0, y1: s.canvas.read(level.name, y0, y1), level.height, BAND)
         kept = []
         steer = s.canvas_guidance if self.guide is not None else None
         halo = steer.halo_cells * self.guide.cell if steer is not None and self.guide is not None else 0
-        for top, y0, y1, rows in in_bands(self._averaged(read), level.height, BAND, halo):
+        for top, y0, y1, rows in in_bands(self._averaged(answers), level.height, BAND, halo):
             x0 = rows[:LATENT_CHANNELS]
             if steer is not None and self.guide is not None:
                 x0 = steer_rows(steer, np.ascontiguousarray(x0), (top, y0, y1), self.guide)
@@ -165,17 +184,25 @@ class LevelStep:
             eps = rows[LATENT_CHANNELS:, y0 - top : y1 - top] if moved else self.step.eps_from_x0(read(y0, y1), x0)
             noise = s.noise(f"{self.pass_.name}/{level.name}", self.number, (y0, y1), level.width)
             s.canvas.write(level.name, y0, self.step.update(x0, eps, noise))
-            if keep_x0:
+            if self.steers:
                 kept.append(x0)
-        return np.concatenate(kept, axis=1) if keep_x0 else None
+        self.x0 = np.concatenate(kept, axis=1) if self.steers else None
+        self.guide = None
 
-    def _averaged(self, read: BandReader) -> Iterator[np.ndarray]:
+    def picture(self, finer: Level) -> GuidePicture:
+        """Decode this level's x0 for the level it steers, and forget it."""
+        assert self.x0 is not None  # levels run coarse to fine
+        image = picture_of(self.s, self.level, self.x0, self.key)
+        self.x0 = None
+        return GuidePicture(image, self.level.factor // finer.factor)
+
+    def _averaged(self, answers: Iterator[TilePrediction]) -> Iterator[np.ndarray]:
         """Yield finished rows of averaged x0, top to bottom: (3, n, w), or (6, n, w) with newton's eps below."""
         make_weight = smooth_weight if self.pass_.tile_weights == "smooth" else uniform_weight
         channels = LATENT_CHANNELS * (2 if self._newton else 1)
         averager = RowAverager(channels, self.level.width, make_weight(TILE_LATENT_PX))
-        answers = self.s.denoiser.denoise(self._batches(read))
-        for tiles, answer in zip(self.tiling.batches(), answers, strict=True):
+        for tiles in self.tiling.batches():
+            answer = next(answers)
             values = answer.x0 if answer.eps is None else np.concatenate([answer.x0, answer.eps], axis=1)
             for tile, value in zip(tiles, values, strict=False):
                 averager.add(*self.tiling.corner(tile), value)
@@ -184,8 +211,19 @@ class LevelStep:
                     yield rows
             self.s.watch.tiles(len(tiles))
 
-    def _batches(self, read: BandReader) -> Iterator[TileBatch]:
+    def batches(self) -> Iterator[TileBatch | None]:
+        """Yield the batches, and None while what the next one shows is not there yet."""
+        canvas, name = self.s.canvas, self.level.name
+
+        def ahead() -> bool:
+            """Whether the step before is not committed yet."""
+            return canvas.progress.steps < self.number
+
+        read = BandReader(lambda y0, y1: canvas.read(name, y0, y1, ahead()), self.level.height, BAND)
         for number, tiles in enumerate(self.tiling.batches()):
+            rows = self.tiling.corner(tiles[0])[0], self.tiling.corner(tiles[-1])[0] + TILE_LATENT_PX
+            while (ahead() and not canvas.written(name, *rows)) or (self._newton and self.guide is None):
+                yield None
             padded = tiles + tiles[-1:] * (self.tiling.batch_size - len(tiles))
             corners = [self.tiling.corner(tile) for tile in padded]
             yield TileBatch(
@@ -202,7 +240,7 @@ class LevelStep:
 
     def _target(self, corners: list[tuple[int, int]]) -> NewtonTarget | None:
         if self.guide is None or not self._newton:
-            return None
+            return None  # linear and probe steer in run()
         size = TILE_PX // self.guide.ratio
         squares = [self.guide.square(y * LATENT_FACTOR, x * LATENT_FACTOR, size) for y, x in corners]
         g = self.s.guidance

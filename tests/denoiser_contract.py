@@ -1,6 +1,7 @@
 """What every DenoiseTiles must do; a subclass gives the fixture `denoiser`. Real networks at tiny size."""
 
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -89,6 +90,23 @@ class DenoiserContract:
         assert source.taken == 0
         next(answers)
         assert 1 <= source.taken <= READ_AHEAD
+
+    def test_a_source_may_wait_for_an_answer(self, denoiser: DenoiseTiles) -> None:
+        taken: list[str] = []
+
+        def source() -> Iterator[TileBatch | None]:
+            for i in range(3):
+                while len(taken) < i:
+                    yield None
+                yield tile_batch(i)
+
+        for answer in denoiser.denoise(source()):
+            taken += [answer.key]
+        assert taken == [tile_batch(i).key for i in range(3)]
+
+    def test_a_source_that_waits_for_nothing_is_an_error(self, denoiser: DenoiseTiles) -> None:
+        with pytest.raises(RuntimeError, match="every answer was taken; got None"):
+            list(denoiser.denoise(repeat(None)))
 
     def test_is_pure(self, denoiser: DenoiseTiles) -> None:
         once = bytes_of(denoiser.denoise([tile_batch(0)]))

@@ -133,6 +133,53 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, model: ZoomLDM, method: st
     assert np.array_equal(sample(tmp_path / "cut", config(method), LocalDenoiser(model)), whole)
 
 
+class ReadingAhead:
+    """A denoiser that takes batches before it answers, as a pool of replicas does; notes what was in hand together."""
+
+    def __init__(self, inner: DenoiseTiles, window: int) -> None:
+        self.inner, self.window = inner, window
+        self.together: set[tuple[str, ...]] = set()
+
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
+        source, held, more = iter(batches), [], True
+        while more or held:
+            while more and len(held) < self.window:
+                try:
+                    batch = next(source)
+                except StopIteration:
+                    more = False
+                    break
+                if batch is None:
+                    break
+                held.append(batch)
+            self.together.add(tuple(b.key.rpartition("/")[0] for b in held))
+            if held:
+                yield from self.inner.denoise([held.pop(0)])
+
+    def decode(self, batches):
+        return self.inner.decode(batches)
+
+
+@pytest.mark.parametrize("method", ["linear", "newton"])
+def test_reading_ahead_changes_no_byte(tmp_path: Path, model: ZoomLDM, method: str) -> None:
+    whole = sample(tmp_path / "whole", config(method), LocalDenoiser(model))
+    ahead = ReadingAhead(LocalDenoiser(model), 3)
+    assert np.array_equal(sample(tmp_path / "ahead", config(method), ahead), whole)
+    assert any(len(set(keys)) > 1 for keys in ahead.together)  # batches of two levels or steps side by side
+
+
+def test_the_next_step_begins_before_the_last_tiles_are_in(tmp_path: Path) -> None:
+    tall = RunConfig(
+        canvas=CanvasConfig(4096, 256, ("20x",)),
+        sampling=SamplingConfig(stride=500, tile_stride=64, batch_size=1),
+        guidance=GuidanceConfig("none"),
+    )
+    ahead = ReadingAhead(PointwiseDenoiser(), 10)
+    whole = sample(tmp_path / "whole", tall, PointwiseDenoiser())
+    assert np.array_equal(sample(tmp_path / "ahead", tall, ahead), whole)
+    assert any({"joint/t=1000/20x", "joint/t=500/20x"} <= set(keys) for keys in ahead.together)
+
+
 @pytest.mark.parametrize(("a", "b"), [("none", "linear"), ("none", "newton")])
 def test_guidance_changes_the_picture(tmp_path: Path, model: ZoomLDM, a: str, b: str) -> None:
     small = [replace(config(m, height=256, width=320), refine=RefineConfig()) for m in (a, b)]

@@ -147,7 +147,8 @@ class TrainingConfig:
     out: str = "runs/train/model"
     """Folder the model is written to."""
     initial: str | None = None
-    """A model whose U-Net and Summarizer to start from: a folder or Hub id; None = random weights."""
+    """A model to go on from, a folder or Hub id: its autoencoder is kept, because U-Net and latents belong together;
+    U-Net and Summarizer are trained on. None = random weights."""
     seed: int = 0
     """Seed of initial weights, data order, timesteps and noise."""
     device: Literal["cpu", "cuda"] = "cpu"

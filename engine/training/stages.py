@@ -64,11 +64,14 @@ def build_model(config: TrainingConfig) -> ZoomLDM:
 
 
 def train_autoencoder(model: ZoomLDM, train: Regions, config: TrainingConfig) -> None:
-    """Train both stages of the autoencoder, or load the finished one."""
+    """Train both stages of the autoencoder, load the finished one, or keep that of the initial model."""
     run, vae, settings = Path(config.run), model.vae, config.autoencoder
     finished = run / "autoencoder.pt"
     if finished.exists():
         vae.load_state_dict(load_checkpoint(finished)["vae"])
+        return
+    if config.initial is not None:
+        save_checkpoint(finished, {"vae": vae.state_dict()})
         return
     crops = ae.Crops(train, settings.crop_px, config.seed)
 

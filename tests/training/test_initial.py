@@ -14,6 +14,7 @@ def test_networks_are_copied_and_another_prediction_starts_at_zero(tmp_path: Pat
     for model in (same, other):
         start_from_model(model, str(tmp_path / "model"))
         assert torch.equal(model.unet.conv_in.weight, source.unet.conv_in.weight)
+        assert torch.equal(model.vae.quant_conv.weight, source.vae.quant_conv.weight)
         assert all(
             torch.equal(a, b)
             for a, b in zip(model.conditioner.parameters(), source.conditioner.parameters(), strict=True)
