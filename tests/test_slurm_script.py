@@ -21,12 +21,16 @@ STAND_INS = {
         exec "$@"
         """,
     "ray": """
+        call="ray $* @${NODE:-} $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}"
+        if [[ $1 == health-check ]]; then
+            grep -q '^ray start --head' "$CALLS" && echo "$call" >> "$CALLS"   # answers when there is a head
+            exit
+        fi
+        if [[ ${HEAD:-} == fails ]]; then exit 1; fi
         trap 'kill $(jobs -p); echo "end @$NODE" >> "$CALLS"; exit 0' TERM
         sleep 60 &
-        echo "ray $* @${NODE:-} $RAY_AUTH_MODE ${#RAY_AUTH_TOKEN}" >> "$CALLS"
-        if [[ $1 == start && ${HEAD:-} != silent ]]; then wait; fi
-        kill $(jobs -p)
-        [[ ${HEAD:-} != silent ]] && grep -q '^ray start --head' "$CALLS"   # there is a head, and it answers
+        echo "$call" >> "$CALLS"
+        wait
         """,
     "python": """
         until [[ $(grep -c '^ray start' "$CALLS") == 3 ]]; do sleep 0.05; done   # the workers are starting too
@@ -123,7 +127,7 @@ def test_an_interrupted_run_is_queued_again_only_at_the_time_limit(
 
 
 def test_a_head_that_does_not_start_is_an_error(start: Start, tmp_path: Path) -> None:
-    with start(DRIVER="0", HEAD="silent") as script:
+    with start(DRIVER="0", HEAD="fails") as script:
         _, errors = script.communicate(timeout=30)
     assert script.returncode == 1
     assert "10.0.0.5:24567" in errors
