@@ -94,15 +94,6 @@ def test_cloud_workers_come_on_demand_and_may_be_taken_away(name: str) -> None:
         assert ('"MarketType": "spot"' in said or '"preemptible": true' in said) == spot
 
 
-def test_grown_on_demand_needs_the_number_of_replicas() -> None:
-    from actors.cluster import NodeResources
-    from actors.replica import choose_seat
-
-    config = parsed(["--model.device", "cuda", "--ray.replicas", "4"])
-    seat = choose_seat(config.ray, 1, config.model.device, [NodeResources("head", 0, 0)])
-    assert (seat.device, seat.num_gpus) == ("cuda", 1)
-
-
 # --- KubeRay ---
 
 
