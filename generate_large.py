@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 try:
     from engine.arguments import parse_with_flags
@@ -49,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
             device = "cuda" if config.model.device == "cuda" else choose_device(config.model.device)
             sys.stdout.write(plan_table(job.plan, config, job.model, device) + "\n")
             return 0
-        folder = run(job, work_on_ray if config.ray.enabled else work_alone, progress)
+        with ExitStack() as connection:  # left after the report, whose scores are metrics too
+            folder = run(job, partial(work_on_ray, connection) if config.ray.enabled else work_alone, progress)
     except EngineError as error:
         progress.close()
         progress.say(f"generate_large.py: {error}")
@@ -65,8 +67,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def work_on_ray(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
-    """Compute on the replicas of a Ray cluster, or of a private Ray that ends with the run."""
+def work_on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
+    """Compute on the replicas of a Ray cluster, or of a private Ray.
+
+    The replicas leave with this context, so that nobody waits for exports on a GPU; Ray is left with `connection`.
+    """
     # The package actors looks there when it chooses how to authenticate, which must be before Ray is imported.
     if config.ray.address == "auto":
         os.environ.setdefault("RAY_ADDRESS", "auto")
@@ -74,10 +79,13 @@ def work_on_ray(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
         os.environ["RAY_ADDRESS"] = config.ray.address
 
     from actors.cluster import connect  # Ray is imported only by runs that use it
+    from actors.metrics import RunMetrics
     from actors.pool import DenoiserPool
 
     section = config.model
-    with connect(config.ray), DenoiserPool(model, config.ray, threads=section.threads, device=section.device) as pool:
+    connection.enter_context(connect(config.ray))
+    metrics = RunMetrics(config.output.folder)
+    with DenoiserPool(model, config.ray, threads=section.threads, device=section.device, watch=metrics) as pool:
         pool.wait_ready()
 
         def facts() -> dict[str, object]:
@@ -91,7 +99,7 @@ def work_on_ray(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
                 "compute_s": round(stats.compute_s, 3),
             }
 
-        yield Crew(pool, pool.replicas[0].device, lambda: pool.stats.replicas, facts)
+        yield Crew(pool, pool.replicas[0].device, lambda: pool.stats.replicas, facts, metrics)
 
 
 if __name__ == "__main__":

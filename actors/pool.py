@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 from actors.cluster import node_resources
 from actors.denoiser import Answer, ReplicaInfo, pack_model
 from actors.replica import LOST, Replica, choose_seat
-from actors.work import PoolStats, Run, Work, fault_of, nbytes, own_copy
+from actors.work import PoolStats, PoolWatch, Run, Work, fault_of, nbytes, own_copy
 from engine.config import RayConfig
 from engine.errors import ClusterError, ReplicaLostError
 from engine.model.zoomldm import ZoomLDM
@@ -47,8 +47,10 @@ class DenoiserPool:
         *,
         threads: int = 1,
         device: Literal["auto", "cpu", "cuda"] = "auto",
+        watch: PoolWatch | None = None,
     ) -> None:
         self.config = config
+        self._watch = watch
         self._threads = threads
         self._seat = choose_seat(config, threads, device, node_resources())
         self._weights = ray.put(pack_model(model))
@@ -222,6 +224,8 @@ class DenoiserPool:
             compute_s=self._count.compute_s + answer.seconds,
             bytes_received=self._count.bytes_received + nbytes(answer.value),
         )
+        if self._watch is not None:
+            self._watch.batch(work.run.method, answer.seconds)
         if not work.run.closed:
             work.run.done[work.position] = own_copy(answer.value)
 
@@ -248,6 +252,8 @@ class DenoiserPool:
         """Replace a replica. Only its oldest batch may have been the reason; the others just go elsewhere."""
         log.warning("Replica %d: %s; it is replaced.", dead.number, cause)
         self._count = replace(self._count, restarts=self._count.restarts + 1)
+        if self._watch is not None:
+            self._watch.restart()
         self._start_failures = 0
         self._discard(dead)
         self._grow()

@@ -48,15 +48,22 @@ class Seat:
 def choose_seat(
     config: RayConfig, threads: int, device: Literal["auto", "cpu", "cuda"], nodes: list[NodeResources]
 ) -> Seat:
-    """Choose where replicas compute. Raises ClusterError, listing the nodes, when the cluster has no such place."""
+    """Choose where replicas compute.
+
+    A cluster that grows on demand may have no GPU yet. With `device` cuda and a number of replicas the user has said
+    what to wait for, and the replicas that wait are the demand such a cluster answers.
+    Raises: ClusterError, listing the nodes, when the cluster has no such place and none is asked for.
+    """
     most_gpus = max((node.gpus for node in nodes), default=0.0)
     most_cpus = max((node.cpus for node in nodes), default=0.0)
     has = "; ".join(map(str, nodes)) or "no node"
     if device == "cuda" or (device == "auto" and most_gpus > 0):
-        if most_gpus < config.gpus_per_replica:
+        waits = device == "cuda" and config.replicas is not None
+        if most_gpus < config.gpus_per_replica and not waits:
             raise ClusterError(
                 f"model.device=cuda needs a node with ray.gpus_per_replica={config.gpus_per_replica:g} GPU; the "
-                f"cluster has {has}. Start a node with GPUs, or set model.device=cpu."
+                f"cluster has {has}. Start a node with GPUs, set ray.replicas to wait for nodes to join, or set "
+                "model.device=cpu."
             )
         # No CPUs beside the GPU: CPUs counted twice are how actors come to wait for ever on a node that has room.
         return Seat("cuda", 0, config.gpus_per_replica)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -16,6 +16,16 @@ from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
 
 Batch = TileBatch | DecodeBatch
 Value = TilePrediction | DecodedBatch
+
+
+class PoolWatch(Protocol):
+    """Who looks on at the pool, for metrics; must not raise."""
+
+    def batch(self, method: str, seconds: float) -> None:
+        """Called when a batch is answered, with the replica's seconds of computing."""
+
+    def restart(self) -> None:
+        """Called when a replica is lost and replaced."""
 
 
 @dataclass

@@ -127,8 +127,8 @@ def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
     return edges({*joint.ys, *windows.ys}, plan.size_px[0]), edges({*joint.xs, *windows.xs}, plan.size_px[1])
 
 
-def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object], clock: Clock) -> None:
-    """Judge the picture and write report.json."""
+def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object], clock: Clock) -> dict[str, object]:
+    """Judge the picture and write report.json; return the scores."""
     image = Image.open(folder / IMAGE)
     guide, level = read_guide(folder, plan), guide_level(plan)
     with clock.phase("judging"):
@@ -147,3 +147,4 @@ def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object]
         "seed": config.sampling.seed,
     }
     write_report(folder / REPORT, {**scores, **settings, **facts}, clock.seconds)
+    return scores

@@ -5,14 +5,15 @@ It counts and prints; it decides nothing. Implements the sampler's Watch.
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import TextIO, TypeVar
+from typing import Protocol, TextIO, TypeVar
 
 from tqdm import tqdm
 
 from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles, TileBatch, TilePrediction
+from engine.sampler import Watch
 
 B = TypeVar("B")
 A = TypeVar("A")
@@ -22,12 +23,20 @@ Replicas = Callable[[], int]
 """How many replicas are alive now."""
 
 
+class Onlooker(Watch, Protocol):
+    """A Watch that hears of the finished picture too (metrics); it must not raise."""
+
+    def judged(self, scores: Mapping[str, object]) -> None:
+        """Called with the scores of report.json when they are written."""
+
+
 class Progress:
-    """Show passes, steps and tiles per second. `replicas` may be set once they are there."""
+    """Show passes, steps and tiles per second. `replicas` and `onlooker` may be set once they are there."""
 
     def __init__(self, out: TextIO | None = None) -> None:
         self.out = out or sys.stderr
         self.replicas: Replicas | None = None
+        self.onlooker: Onlooker | None = None
         self.tile_count = 0
         """Tiles evaluated by this process."""
         self._name: str | None = None
@@ -44,6 +53,8 @@ class Progress:
 
     def step(self, name: str, done: int, total: int) -> None:
         """Show that `done` of `total` steps are committed; a new name begins a new count."""
+        if self.onlooker is not None:
+            self.onlooker.step(name, done, total)
         if name != self._name:
             self._begin(name, done, total)
         if self._bar is not None:
@@ -57,9 +68,16 @@ class Progress:
     def tiles(self, count: int) -> None:
         """Count tiles as they come in."""
         self.tile_count += count
+        if self.onlooker is not None:
+            self.onlooker.tiles(count)
         if self._bar is not None:
             self._bar.set_postfix_str(self._speed(), refresh=False)
             self._bar.update(0)
+
+    def judged(self, scores: Mapping[str, object]) -> None:
+        """Pass the scores of the finished picture on."""
+        if self.onlooker is not None:
+            self.onlooker.judged(scores)
 
     def close(self) -> None:
         """Finish the bar; harmless when repeated."""

@@ -27,7 +27,7 @@ from engine.model.config import ModelConfig
 from engine.model.zoomldm import ZoomLDM, digest
 from engine.pilot import stored_or_fitted
 from engine.predict import DenoiseTiles, LocalDenoiser
-from engine.progress import Clock, Progress, TimedDenoiser
+from engine.progress import Clock, Onlooker, Progress, TimedDenoiser
 from engine.sampler import Sampling, keyed_noise, sample_large
 from engine.state import write_atomically
 from engine.tiles import Plan, make_plan
@@ -51,12 +51,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Crew:
-    """Who computes: the denoiser, its kind of device, how many replicas live, and facts for the report."""
+    """Who computes: the denoiser, its kind of device, how many replicas live, facts for the report, and an onlooker."""
 
     denoiser: DenoiseTiles
     device: str
     alive: Callable[[], int]
     facts: Callable[[], dict[str, object]]
+    onlooker: Onlooker | None = None
+    """Told of progress and scores; the scores come after the crew has left."""
 
 
 Engage = Callable[[ZoomLDM, RunConfig], AbstractContextManager[Crew]]
@@ -106,7 +108,8 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
         outputs.export(job.folder, job.config, job.plan, clock)
         canvas.record(finished=True)
         if facts or "report.json" in missing:
-            outputs.report(job.folder, job.config, job.plan, {"plan": canvas.digest, **facts}, clock)
+            facts = {"plan": canvas.digest, **facts}
+            progress.judged(outputs.report(job.folder, job.config, job.plan, facts, clock))
     return job.folder
 
 
@@ -147,7 +150,7 @@ def _compute(
             crew = stack.enter_context(engage(model, job.config))
         stack.callback(progress.close)
         check_environment(job.folder, crew.device)
-        progress.replicas = crew.alive
+        progress.replicas, progress.onlooker = crew.alive, crew.onlooker
         timed = TimedDenoiser(crew.denoiser)
         with clock.phase("guidance"):
             s = _sampling(job, model, grid, canvas, timed, progress)

@@ -7,9 +7,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -19,9 +20,12 @@ import zarr
 from PIL import Image
 
 import generate_large
+from actors.work import PoolStats, PoolWatch
 from engine.arguments import PROJECT_ROOT
+from engine.config import RayConfig
 from engine.model.colour import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.predict import LocalDenoiser
 
 SCRIPT = PROJECT_ROOT / "generate_large.py"
 
@@ -174,6 +178,56 @@ def test_ray_gives_the_same_bytes_from_a_copy_of_the_one_file(
         if p.pid not in before and str(tmp_path) in " ".join(p.info["cmdline"] or [])
     ]
     assert left == []
+
+
+def test_metrics_hear_of_a_run_on_ray_up_to_its_scores(
+    inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas leave before the exports, Ray after the scores. Ray itself is not needed to see that order."""
+    import actors.cluster
+    import actors.metrics
+    import actors.pool
+
+    events: list[tuple[object, ...]] = []
+
+    @contextmanager
+    def connect(config: RayConfig) -> Iterator[None]:
+        yield
+        events.append(("ray left",))
+
+    class Pool(LocalDenoiser):
+        replicas, stats = [SimpleNamespace(device="cpu")], PoolStats(replicas=1)
+
+        def __init__(self, model: ZoomLDM, config: RayConfig, *, watch: PoolWatch, **_: object) -> None:
+            super().__init__(model)
+            watch.restart()
+
+        def __enter__(self) -> "Pool":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            events.append(("replicas left",))
+
+        def wait_ready(self) -> None: ...
+
+    class Told:
+        def __init__(self, run: str) -> None:
+            events.append(("run", run))
+
+        def __getattr__(self, name: str) -> Callable[..., None]:
+            return lambda *told: events.append((name, *told))
+
+    monkeypatch.setattr(actors.cluster, "connect", connect)
+    monkeypatch.setattr(actors.pool, "DenoiserPool", Pool)
+    monkeypatch.setattr(actors.metrics, "RunMetrics", Told)
+    folder = tmp_path / "run"
+    assert generate_large.main([*inputs, "--ray.enabled=true", f"--output.folder={folder}"]) == 0
+    report = json.loads((folder / "report.json").read_text())
+    assert events[:3] == [("run", str(folder)), ("restart",), ("step", "joint", 0, 3)]
+    assert [e[2] for e in events if e[0] == "step"] == [0, 1, 2, 3]
+    assert sum(e[1] for e in events if e[0] == "tiles" and isinstance(e[1], int)) == report["tiles"]
+    scores = {key: pytest.approx(report[key]) for key in ("seam_score", "consistency_psnr_db")}
+    assert events[-3:] == [("replicas left",), ("judged", scores), ("ray left",)]
 
 
 @pytest.mark.ray

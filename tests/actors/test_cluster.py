@@ -175,5 +175,8 @@ def test_seats() -> None:
     assert choose_seat(RayConfig(), 64, "cpu", nodes).num_cpus == 16  # more threads than cores must not wait for ever
     with pytest.raises(ClusterError, match="c: 2 CPU, 0 GPU"):
         choose_seat(RayConfig(), 1, "cuda", nodes[2:])
+    # A number of replicas says what to wait for: the demand a cluster that grows from nothing answers.
+    assert choose_seat(RayConfig(replicas=3), 1, "cuda", nodes[2:]).num_gpus == 1
+    assert choose_seat(RayConfig(replicas=3), 1, "auto", nodes[2:]).device == "cpu"
     with pytest.raises(ClusterError, match="no node"):
         choose_seat(RayConfig(), 1, "cpu", [])

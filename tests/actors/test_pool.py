@@ -24,6 +24,24 @@ pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 BATCHES = 8
 
 
+class Heard:
+    """Counts what a pool tells."""
+
+    def __init__(self) -> None:
+        self.batches: list[tuple[str, float]] = []
+        self.restarts = 0
+
+    def batch(self, method: str, seconds: float) -> None:
+        self.batches.append((method, seconds))
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+
+HEARD = Heard()
+"""What the pool `shared` tells."""
+
+
 @pytest.fixture(scope="module")
 def expected() -> list[tuple[str, bytes, bytes]]:
     return bytes_of(LocalDenoiser(tiny_model()).denoise(map(tile_batch, range(BATCHES))))
@@ -62,7 +80,7 @@ def signalling(pool: DenoiserPool, at: int, number: signal.Signals) -> Iterator[
 @pytest.fixture(scope="class")
 def shared(ray_cluster: None) -> Iterator[DenoiserPool]:
     """A pool with a replica on every CPU."""
-    with DenoiserPool(tiny_model(), RayConfig()) as pool:
+    with DenoiserPool(tiny_model(), RayConfig(), watch=HEARD) as pool:
         pool.wait_ready(2)
         yield pool
         pids = [r.pid for r in pool.replicas]
@@ -87,6 +105,9 @@ class TestPool(DenoiserContract):
             local.denoise([tile_batch(0, newton=True)])
         )
         assert bytes_of(shared.decode([decode_batch(0)])) == bytes_of(local.decode([decode_batch(0)]))
+        assert len(HEARD.batches) == shared.stats.batches
+        assert sum(seconds for _, seconds in HEARD.batches) == pytest.approx(shared.stats.compute_s)
+        assert [method for method, _ in HEARD.batches[-2:]] == ["denoise", "decode"]
 
     def test_a_run_left_early_does_not_disturb_the_next(
         self, shared: DenoiserPool, expected: list[tuple[str, bytes, bytes]]
@@ -104,6 +125,7 @@ class TestPool(DenoiserContract):
         assert bytes_of(shared.denoise(signalling(shared, 1, signal.SIGKILL))) == expected
         after = shared.stats
         assert (after.restarts - before.restarts, after.retries - before.retries) == (1, 1)
+        assert HEARD.restarts == after.restarts
         assert pid not in [r.pid for r in shared.replicas]
 
     def test_a_replica_that_hangs_is_replaced(
