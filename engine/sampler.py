@@ -125,6 +125,17 @@ def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarra
     return np.clip(np.concatenate(list(rows), axis=1), -1, 1)
 
 
+def predict_window(
+    s: Sampling, pass_: Pass, number: int, level: Level, tiling: Tiling, origin: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Yield the averaged x0 of a window of a level at a step, top to bottom, (3, n, w); steers and writes nothing.
+
+    `level` has the window's size, the canvas its latents, `tiling` its tiles; all lie at `origin` of the whole level.
+    """
+    work = LevelStep(s, pass_, number, level, tiling, None, origin)
+    return work._averaged(BandReader(lambda y0, y1: s.canvas.read(level.name, y0, y1), level.height, BAND))
+
+
 @dataclass(frozen=True)
 class LevelStep:
     """One step of one level."""
@@ -135,6 +146,8 @@ class LevelStep:
     level: Level
     tiling: Tiling
     guide: GuidePicture | None
+    origin: tuple[int, int] = (0, 0)
+    """Where `level` lies in latent px when it is a window of a level; its tiling is the window's."""
 
     @property
     def step(self) -> Step:
@@ -185,6 +198,7 @@ class LevelStep:
             self.s.watch.tiles(len(tiles))
 
     def _batches(self, read: BandReader) -> Iterator[TileBatch]:
+        top, left = self.origin
         for number, tiles in enumerate(self.tiling.batches()):
             padded = tiles + tiles[-1:] * (self.tiling.batch_size - len(tiles))
             corners = [self.tiling.corner(tile) for tile in padded]
@@ -194,7 +208,7 @@ class LevelStep:
                 x_t=gather_tiles(read, self.tiling, tiles),
                 timestep=self.step.t,
                 alpha_bar=self.step.alpha_bar,
-                cells=np.stack([tile_cells(self.s.grid, y, x, self.level.factor) for y, x in corners]),
+                cells=np.stack([tile_cells(self.s.grid, y + top, x + left, self.level.factor) for y, x in corners]),
                 magnification=self.level.index,
                 weight=self.pass_.weight,
                 newton=self._target(corners),
