@@ -92,7 +92,7 @@ def test_shows_x0_of_the_latents_where_conditions_agree(tmp_path: Path, calls: i
 
 
 @pytest.mark.parametrize(
-    "region", [Box(0, 0, 1, 1), Box(333, 250, 700, 901), Box(1200, 898, 1203, 902), Box(5, 0, 1000, 902)]
+    "region", [Box(0, 0, 1, 1), Box(733, 550, 1000, 901), Box(1200, 898, 1203, 902), Box(5, 0, 1000, 902)]
 )
 @pytest.mark.parametrize("calls", [2, 5])
 def test_a_region_is_what_the_whole_shows_there(tmp_path: Path, region: Box, calls: int) -> None:
