@@ -94,7 +94,9 @@ def compare(sizes: Sequence[int], formats: Sequence[str], say: Callable[[str], N
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="px, small to large")
-    parser.add_argument("--formats", default=",".join(FORMATS), help="exports: tiff, png, both or nothing")
+    parser.add_argument(
+        "--formats", default=",".join(FORMATS), help="exports, such as tiff,ome-tiff,dzi,png, or nothing"
+    )
     parser.add_argument("--one", type=int, help="weigh this size in this process and print JSON")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args(argv)

@@ -45,8 +45,15 @@ class _Keys:
         return max(self.leaves + self.sections * sections, key=likeness)
 
 
-def parse(argv: Sequence[str], schema: type[T], prog: str, description: str) -> T:
-    """Read `--config FILE` and `--section.key VALUE` into a dataclass; wrong usage prints why and exits with 2."""
+def parse(argv: Sequence[str], schema: type[T], prog: str, description: str, first: str | None = None) -> T:
+    """Read `--config FILE` and `--section.key VALUE` into a dataclass; wrong usage prints why and exits with 2.
+
+    `first` is the key that a first word without dashes stands for.
+    """
+    if first is not None:
+        if argv and not argv[0].startswith("-"):
+            argv = [f"--{first}={argv[0]}", *argv[1:]]
+        prog = f"{prog} {first.upper()}"
     config, _ = parse_with_flags(argv, schema, prog, description, {})
     return config
 

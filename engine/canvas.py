@@ -4,13 +4,12 @@ It knows rows of latents and steps, not models, tiles or pictures.
 Facts: zarr 3 renames each chunk into place without fsync, and its writes are atomic per chunk only.
 """
 
-import contextlib
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import zarr
@@ -31,6 +30,7 @@ from engine.state import (
     fsync_tree,
     load_state,
     plain,
+    remove,
     save_state,
 )
 
@@ -58,7 +58,7 @@ class Canvas:
         """Name → (h, w) in latent px."""
         self._lock = lock
         self._state = state
-        self._arrays = {(n, i): _open_array(folder, n, i, s) for n, s in levels.items() for i in (0, 1)}
+        self._arrays = {(n, i): open_array(folder, n, i, s) for n, s in levels.items() for i in (0, 1)}
         self._written: dict[str, set[int]] = {}
 
     @classmethod
@@ -105,6 +105,11 @@ class Canvas:
     def digest(self) -> str:
         """The sha256 of the keys: names the plan in exports and reports."""
         return self._state.digest
+
+    @property
+    def keys(self) -> dict[str, object]:
+        """Everything that decides the picture's bytes, flat."""
+        return self._state.keys
 
     def read(self, level: str, y0: int, y1: int, ahead: bool = False) -> np.ndarray:
         """Return the committed rows y0..y1 of a level, float32 (3, y1-y0, w) in latent px.
@@ -268,10 +273,11 @@ def _create(folder: Path, keys: dict[str, object], levels: dict[str, Size]) -> R
     return state
 
 
-def _open_array(folder: Path, name: str, buffer: int, size: Size) -> Any:
+def open_array(folder: Path, name: str, buffer: int, size: Size, mode: Literal["r", "r+"] = "r+") -> Any:
+    """Open one buffer of a level of a run; `size` is (h, w) in latent px. Raises CanvasError unless it is as made."""
     path = f"{name}/latent_{buffer}"
     try:
-        array = zarr.open_array(LocalStore(folder / "canvas.zarr"), path=path, mode="r+")
+        array = zarr.open_array(LocalStore(folder / "canvas.zarr"), path=path, mode=mode)
     except (OSError, ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
         raise CanvasError(
             f"{folder / 'canvas.zarr'}: array {path} must be there; it cannot be opened ({error}). Restore "
@@ -289,5 +295,4 @@ def _open_array(folder: Path, name: str, buffer: int, size: Size) -> Any:
 def _sweep(folder: Path) -> None:
     """Remove what writers killed in the middle left behind; a chunk counts from its rename on."""
     for partial in [*(folder / "canvas.zarr").rglob("*.partial"), *folder.glob("*.partial")]:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
+        remove(partial)

@@ -79,7 +79,9 @@ def _from_picture(
     digest = hashlib.sha256(picture.tobytes() + str(plan.grid_shape).encode()).hexdigest()
     stored = Path(config.output.folder) / STORED
     if stored.exists() and stored.with_name("state.json").exists():
-        return Conditions(_load(stored), digest)  # state.json's keys hold the digest, so another picture is refused
+        return Conditions(
+            stored_grid(stored), digest
+        )  # state.json's keys hold the digest, so another picture is refused
     dtype = getattr(torch, config.model.dtype)
     encoder = load_encoder(model.encoder, config.model.encoder_source, extras, device, dtype)
     grid = embedding_grid(picture, encoder)
@@ -92,7 +94,8 @@ def _from_picture(
     return Conditions(cover_canvas(grid, h, w, model.ssl_dim, reference), digest)
 
 
-def _load(path: Path) -> np.ndarray:
+def stored_grid(path: Path) -> np.ndarray:
+    """Return the grid a run keeps, float32 (D, h, w). Raises CanvasError."""
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

@@ -10,7 +10,7 @@ from engine.magnification import TILE_LATENT_PX, TILE_PX
 
 TileWeights = Literal["uniform", "smooth"]
 GuidanceMethod = Literal["newton", "linear", "probe", "none"]
-ExportFormat = Literal["tiff", "png"]
+ExportFormat = Literal["tiff", "ome-tiff", "dzi", "png"]
 
 
 def _require(ok: bool, rule: str, came: object, do: str = "") -> None:
@@ -206,11 +206,11 @@ class OutputConfig:
     folder: str = "runs/latest"
     """Run folder; a matching unfinished run in it is continued."""
     formats: tuple[ExportFormat, ...] = ("tiff",)
-    """Exports: tiff (pyramidal BigTIFF), png (the whole canvas, up to 16384 px)."""
+    """Exports: tiff (pyramidal BigTIFF), ome-tiff, dzi (Deep Zoom), png (the whole canvas, up to 16384 px)."""
     tiff_compression: Literal["jpeg", "deflate"] = "deflate"
     """deflate keeps the pixels; jpeg is smaller."""
     jpeg_quality: int = 90
-    """JPEG quality of the TIFF, 1..100."""
+    """JPEG quality of TIFF and Deep Zoom, 1..100."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.jpeg_quality <= 100, "output.jpeg_quality must lie in 1..100", self.jpeg_quality)

@@ -164,7 +164,7 @@ def pass_calls(plan: Plan, pass_: Pass, config: RunConfig) -> Calls:
 def export_nbytes(plan: Plan, config: RunConfig) -> int:
     """Return what the exports take at most, before compression: 3 bytes a px, pyramids a third more."""
     px = plan.finest.height * plan.finest.width * LATENT_FACTOR**2
-    pyramids = 1 + ("tiff" in config.output.formats)
+    pyramids = 1 + sum(name in ("tiff", "ome-tiff", "dzi") for name in config.output.formats)
     return px * 3 * pyramids * 4 // 3 + px * 3 * ("png" in config.output.formats)
 
 

@@ -1,166 +1,160 @@
-"""Copies of the picture for other people's viewers, each whole or not there.
+"""Export the picture of a run, finished or still at work, for another program.
 
-It reads an `Image` and computes no pixel of its own. Pyramids are top-level IFDs marked as reduced, in tiles of
-256 px: what OpenSlide's generic-tiff, QuPath and tifffile agree on.
+    python -m engine.export RUN --format ome-tiff
+    python -m engine.export RUN --format jpeg --region 4096,2048,1024,1024
+    python -m engine.export RUN --format png --max_px 1000
+
+A run at work shows its current x0 (network calls, no guidance); its own process is not disturbed.
+Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
-import json
-import struct
-import zlib
-from collections.abc import Iterator
-from fractions import Fraction
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
-import PIL.Image
-import tifffile
-from PIL.PngImagePlugin import PngInfo
+from engine.arguments import parse
+from engine.config import RunConfig
+from engine.errors import EngineError
+from engine.exports.formats import COMPRESSED, ENDINGS, Format, check_ending, write_export
+from engine.exports.picture import FromLevel, Picture, reduced
+from engine.image import Image
+from engine.snapshot import crop, find_picture, predict_picture
+from engine.state import disk_error
+from engine.tiles import Box
 
-from engine.image import CHUNK_PX, Image
-from engine.state import replacing
-
-TIFF_TILE_PX = 256
-PNG_LIMIT_PX = 16384
-"""Longest edge of a PNG: viewers load it whole, 805 MB at this size."""
-_TIFF_BUFFER_NBYTES = 16 << 20
-"""Tiles compressed in one go by several threads; tifffile's own 512 MB would hold most pictures whole."""
-PREVIEW_PX = 1024
-"""Largest height of the preview, and half its largest width."""
-_GAP_PX = 8
+PROG = "python -m engine.export"
 
 
-def write_tiff(
-    path: Path, image: Image, compression: Literal["deflate", "jpeg"] = "deflate", jpeg_quality: int = 90
-) -> None:
-    """Write a tiled pyramidal BigTIFF with all levels of the picture; deflate keeps the pixels.
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to export, how and where to."""
 
-    The first level's ImageDescription is the provenance as JSON; the resolution is in px per cm.
-    Raises: CanvasError if the disk refuses or the picture is damaged; a file that was there then still stands.
-    """
-    options: dict[str, Any] = {"compression": "deflate", "predictor": True}
-    if compression == "jpeg":
-        options = {"compression": "jpeg", "subsampling": (2, 2), "compressionargs": {"level": jpeg_quality}}
-    description = json.dumps({**image.provenance, "mpp_um": image.mpp_um}, sort_keys=True)
-    with (
-        replacing(path, needed=4 * image.height * image.width) as partial,
-        tifffile.TiffWriter(partial, bigtiff=True) as tiff,
-    ):
-        for level, (height, width) in enumerate(image.sizes):
-            per_cm = resolution(image.mpp_um * 2**level)
-            tiff.write(
-                _tiles(image, level),
-                shape=(height, width, 3),
-                dtype=np.uint8,
-                tile=(TIFF_TILE_PX, TIFF_TILE_PX),
-                photometric="rgb",  # of the tiles; tifffile stores JPEG as YCbCr by itself
-                subfiletype=1 if level else 0,  # OpenSlide takes a further IFD for a level only when it says so
-                resolution=(per_cm, per_cm),
-                resolutionunit="CENTIMETER",
-                description=None if level else description,
-                metadata=None,
-                software="zoomldm-engine",
-                buffersize=_TIFF_BUFFER_NBYTES,
-                **options,
-            )
+    run: str
+    """Run folder; may be given first, without --run."""
+    format: Format
+    """tiff (BigTIFF pyramid: OpenSlide, QuPath), ome-tiff (Bio-Formats), ome-zarr, dzi (web), png or jpeg."""
+    ngff: Literal["0.4", "0.5"] = "0.5"
+    """Version of OME-Zarr; QuPath reads 0.4."""
+    region: str | None = None
+    """x,y,width,height in px of the base magnification; None takes the whole picture."""
+    level: int = 0
+    """Leave the finest levels out: level n is 2**n times smaller."""
+    max_px: int | None = None
+    """Reduce to this longest edge in px, at most 2048: a thumbnail."""
+    out: str | None = None
+    """File or folder to write; None chooses a name in RUN/exports."""
+    compression: Literal["deflate", "jpeg"] | None = None
+    """Of tiff, ome-tiff (deflate, which keeps the pixels) and dzi (jpeg)."""
+    jpeg_quality: int = 90
+    """1..100."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where a run at work is predicted and decoded; a finished picture needs no network."""
 
+    def __post_init__(self) -> None:
+        _ = self.box
+        if self.compression is not None and self.format not in COMPRESSED:
+            raise ValueError(f"compression is a choice of {', '.join(COMPRESSED)}; got format={self.format}. Drop it.")
+        if self.ngff != "0.5" and self.format != "ome-zarr":
+            raise ValueError(f"ngff is the version of ome-zarr; got format={self.format}. Drop it.")
+        if self.level and self.max_px is not None:
+            raise ValueError("level and max_px exclude each other; got both. Drop one of them.")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise ValueError(f"jpeg_quality must lie in 1..100; got {self.jpeg_quality}.")
 
-def resolution(mpp_um: float) -> tuple[int, int]:
-    """Return px per cm as a TIFF rational, two numbers below 2**32, for a px of so many µm."""
-    per_cm = Fraction(10_000) / Fraction(mpp_um)
-    limit = 2**31  # leaves room for the rounding of the numerator
-    ratio = per_cm.limit_denominator(max(1, min(limit, int(limit / per_cm))))
-    if not 0 < ratio.numerator < 2**32:
-        raise ValueError(f"mpp_um must be within 1e-5..1e13 µm/px for a TIFF; got {mpp_um}.")
-    return ratio.numerator, ratio.denominator
-
-
-def _tiles(image: Image, level: int) -> Iterator[np.ndarray]:
-    """Yield the tiles row by row, uint8 (256, 256, 3); memory holds one row of chunks."""
-    height, width = image.sizes[level]
-    for y0 in range(0, height, CHUNK_PX):
-        rows = image.read(y0, min(y0 + CHUNK_PX, height), level=level).transpose(1, 2, 0)
-        for y in range(0, rows.shape[0], TIFF_TILE_PX):
-            for x in range(0, width, TIFF_TILE_PX):
-                tile = rows[y : y + TIFF_TILE_PX, x : x + TIFF_TILE_PX]
-                missing = [(0, TIFF_TILE_PX - tile.shape[0]), (0, TIFF_TILE_PX - tile.shape[1]), (0, 0)]
-                # repeated borders: black ones would ring into the picture under JPEG
-                yield np.ascontiguousarray(np.pad(tile, missing, mode="edge"))
+    @property
+    def box(self) -> Box | None:
+        """The region in px."""
+        if self.region is None:
+            return None
+        try:
+            x, y, width, height = (int(part) for part in self.region.split(","))
+        except ValueError as error:
+            raise ValueError(f"region must be x,y,width,height in whole px; got {self.region!r}.") from error
+        return Box(y, x, y + height, x + width)
 
 
-def check_png(height: int, width: int) -> None:
-    """Refuse a PNG that viewers cannot open. Raises ValueError; ask before the run starts."""
-    if max(height, width) > PNG_LIMIT_PX:
-        raise ValueError(
-            f"a PNG must have at most {PNG_LIMIT_PX} px per edge; the picture has {height} x {width}. Leave png out of "
-            "output.formats and use tiff."
-        )
+def export(config: ExportConfig) -> Path:
+    """Write the export; return where. Raises EngineError, or ValueError for what the config cannot ask for."""
+    folder = Path(config.run)
+    if not (folder / "state.json").is_file():
+        raise EngineError(f"{folder} must be the folder of a run, with state.json; it is not. Pass output.folder.")
+    target = None if config.out is None else Path(config.out)
+    if target is not None:
+        check_target(target, folder, config.format)
+    parent = folder / "exports" if target is None else target.parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="export.", suffix=".partial", dir=parent) as scratch:
+            picture = select(config, run_picture(config, folder, Path(scratch)))
+            path = target or parent / default_name(config, picture)
+            write_export(path, picture, config.format, config.compression, config.jpeg_quality, config.ngff)
+    except OSError as error:
+        raise disk_error(error, f"{parent} cannot be written", parent.parent) from error
+    return path
 
 
-def write_png(path: Path, image: Image) -> None:
-    """Write the whole picture as PNG, with the provenance as text; memory holds one row of chunks.
-
-    By hand, because Pillow would hold the picture three times: 720 MB at 8192² px.
-    Raises: ValueError above 16384 px; CanvasError if the disk refuses or the picture is damaged.
-    """
-    check_png(image.height, image.width)
-    text = b"provenance\0" + json.dumps(image.provenance, sort_keys=True).encode("latin-1")
-    with replacing(path, needed=3 * image.height * image.width) as partial, partial.open("wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        file.write(_png_chunk(b"IHDR", struct.pack(">IIBBBBB", image.width, image.height, 8, 2, 0, 0, 0)))  # 8-bit RGB
-        file.write(_png_chunk(b"tEXt", text))
-        packer = zlib.compressobj()
-        for y0 in range(0, image.height, CHUNK_PX):
-            rows = image.read(y0, min(y0 + CHUNK_PX, image.height)).transpose(1, 2, 0)
-            file.write(_png_chunk(b"IDAT", packer.compress(_png_rows(rows))))
-        file.write(_png_chunk(b"IDAT", packer.flush()))
-        file.write(_png_chunk(b"IEND", b""))
+def check_target(path: Path, folder: Path, name: Format) -> None:
+    """Keep exports out of what a run itself writes. Raises ValueError."""
+    check_ending(path, name)
+    inside = path.resolve().is_relative_to(folder.resolve())
+    if inside and not path.resolve().is_relative_to(folder.resolve() / "exports"):
+        raise ValueError(f"names in {folder} belong to the run; got {path}. Use {folder / 'exports'}, or elsewhere.")
 
 
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+def run_picture(config: ExportConfig, folder: Path, scratch: Path) -> Image:
+    """Return the run's picture or the region of it, predicted if it is not decoded yet."""
+    image, box = find_picture(folder), config.box
+    if image is not None:
+        return image if box is None else crop(image, box, scratch / "region.ome.zarr")
+    stored = folder / "config.yaml"
+    if not stored.is_file():
+        raise EngineError(f"{stored} must say how the run is made; it is not there. Run the same command again.")
+    run = parse(["--config", str(stored.resolve())], RunConfig, PROG, "")
+    if config.device != "auto":
+        run = replace(run, model=replace(run.model, device=config.device))
+    return predict_picture(folder, run, box, scratch)
 
 
-def _png_rows(rows: np.ndarray) -> bytes:
-    """Return rows, uint8 (n, w, 3), as differences to the px on the left: PNG's filter 1, named before each row."""
-    lines = np.empty((rows.shape[0], 1 + 3 * rows.shape[1]), np.uint8)
-    lines[:, 0] = 1
-    lines[:, 1:4] = rows[:, 0]
-    lines[:, 4:] = (rows[:, 1:] - rows[:, :-1]).reshape(rows.shape[0], -1)  # wraps around, as the format wants
-    return lines.tobytes()
+def select(config: ExportConfig, picture: Picture) -> Picture:
+    """Leave levels out, or reduce."""
+    if config.max_px is not None:
+        return reduced(picture, config.max_px)
+    return FromLevel(picture, config.level) if config.level else picture
 
 
-def write_picture(path: Path, picture: np.ndarray, provenance: dict[str, Any]) -> None:
-    """Write a small picture, uint8 (3, h, w), such as the guide, as PNG. Raises CanvasError."""
-    _save_png(path, _to_pil(picture), provenance)
+def default_name(config: ExportConfig, picture: Picture) -> str:
+    """Return a file name that says what is in it."""
+    now = picture.provenance.get("unfinished")
+    name = "image" if now is None else f"x0_{now['pass']}_{now['steps_done']}"
+    if config.box is not None:
+        height, width = config.box.size
+        name += f"_x{config.box.x0}_y{config.box.y0}_{width}x{height}"
+    if config.level:
+        name += f"_level{config.level}"
+    if config.max_px is not None:
+        name += f"_max{config.max_px}"
+    if config.ngff != "0.5":
+        name += f"_v{config.ngff}"
+    return name + ENDINGS[config.format][0]
 
 
-def write_preview(path: Path, image: Image, guide: np.ndarray | None) -> None:
-    """Write the reduced canvas and, beside it at the same height, the guide, uint8 (3, h, w). Raises CanvasError."""
-    scale = min(1.0, PREVIEW_PX / image.height, PREVIEW_PX / image.width)
-    height, width = (max(1, round(s * scale)) for s in (image.height, image.width))
-    level = max(i for i, (h, w) in enumerate(image.sizes) if (h >= height and w >= width) or i == 0)
-    canvas = _to_pil(image.read(0, image.sizes[level][0], level=level)).resize(
-        (width, height), PIL.Image.Resampling.LANCZOS
-    )
-    if guide is not None:
-        beside = _to_pil(guide)
-        right = max(1, round(beside.width * height / beside.height))
-        sheet = PIL.Image.new("RGB", (width + _GAP_PX + right, height), "white")
-        sheet.paste(canvas, (0, 0))
-        sheet.paste(beside.resize((right, height), PIL.Image.Resampling.BICUBIC), (width + _GAP_PX, 0))
-        canvas = sheet
-    _save_png(path, canvas, image.provenance)
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit code."""
+    config = parse(argv, ExportConfig, PROG, (__doc__ or "").splitlines()[0], first="run")
+    try:
+        path = export(config)
+    except ValueError as error:
+        sys.stderr.write(f"engine.export: {error}\n")
+        return 2
+    except EngineError as error:
+        sys.stderr.write(f"engine.export: {error}\n")
+        return 1
+    sys.stdout.write(f"{path}\n")
+    return 0
 
 
-def _to_pil(picture: np.ndarray) -> PIL.Image.Image:
-    if picture.ndim != 3 or picture.shape[0] != 3 or picture.dtype != np.uint8:
-        raise ValueError(f"a picture must be uint8 (3, h, w); got {picture.dtype} {picture.shape}.")
-    return PIL.Image.fromarray(np.ascontiguousarray(picture.transpose(1, 2, 0)))
-
-
-def _save_png(path: Path, picture: PIL.Image.Image, provenance: dict[str, Any]) -> None:
-    text = PngInfo()
-    text.add_text("provenance", json.dumps(provenance, sort_keys=True))
-    with replacing(path) as partial, partial.open("wb") as file:
-        picture.save(file, format="PNG", pnginfo=text)
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -49,12 +49,28 @@ class Image:
             group = zarr.open_group(LocalStore(path), mode="w", zarr_format=3)
             group.attrs[PROVENANCE] = {"synthetic": True, **provenance}
             _create_level(group, 0, height, width)
-            group.attrs["ome"] = _metadata(name, mpp_um, 1)
+            group.attrs["ome"] = ngff_metadata(name, mpp_um, 1)
             fsync_tree(path)
             fsync(path.parent)
         except OSError as error:
             raise disk_error(error, f"{path} cannot be made", path.parent) from error
         return cls(path, group)
+
+    @classmethod
+    def of_rows(
+        cls, path: Path, rows: Iterable[np.ndarray], size: tuple[int, int], mpp_um: float, name: str,
+        provenance: dict[str, Any],
+    ) -> Self:  # fmt: skip
+        """Make a whole picture of (h, w) px with its pyramid from a stream of rows, uint8 (3, any, w).
+
+        Raises: ValueError if the rows do not fill it; CanvasError if the disk refuses.
+        """
+        image = cls.create(path, *size, mpp_um, name, provenance)
+        for _ in image.fill(rows):
+            pass
+        if max(size) > TOP_PX:
+            image.build_pyramid()
+        return image
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -157,13 +173,13 @@ class Image:
         name, mpp = self._group.attrs["ome"]["multiscales"][0]["name"], self.mpp_um
         self._arrays = self._arrays[:1]
         try:
-            self._group.attrs["ome"] = _metadata(name, mpp, 1)
+            self._group.attrs["ome"] = ngff_metadata(name, mpp, 1)
             while max(self.sizes[-1]) > TOP_PX:
                 height, width = (-(-s // 2) for s in self.sizes[-1])
                 array = _create_level(self._group, len(self._arrays), height, width)
                 self._arrays.append(array.with_config({"write_empty_chunks": True}))
                 self._fill(len(self._arrays) - 1)
-            self._group.attrs["ome"] = _metadata(name, mpp, len(self._arrays))
+            self._group.attrs["ome"] = ngff_metadata(name, mpp, len(self._arrays))
             fsync(self.path / "zarr.json")
         except OSError as error:
             raise disk_error(error, f"the pyramid of {self.path} cannot be written", self.path) from error
@@ -207,8 +223,8 @@ def _create_level(group: Any, level: int, height: int, width: int) -> Any:
     )
 
 
-def _metadata(name: str, mpp_um: float, levels: int) -> dict[str, Any]:
-    """Return the `ome` attribute; the centre of the first px of level 0 is the origin."""
+def ngff_metadata(name: str, mpp_um: float, levels: int) -> dict[str, Any]:
+    """Return the `ome` attribute of OME-NGFF 0.5; the centre of the first px of level 0 is the origin."""
 
     def dataset(level: int) -> dict[str, object]:
         size, shift = mpp_um * 2**level, mpp_um * (2**level - 1) / 2

@@ -3,38 +3,38 @@
 Each file is whole or not there; what is there is not made again. It does not know how latents came about.
 """
 
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 
 from engine.canvas import BAND
-from engine.config import RunConfig
+from engine.config import ExportFormat, RunConfig
 from engine.decode import decode_rows, to_uint8
-from engine.export import write_picture, write_png, write_preview, write_tiff
+from engine.exports.formats import write_export
+from engine.exports.png import write_picture, write_preview
 from engine.image import TOP_PX, Image
 from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX
 from engine.progress import Clock
 from engine.report import consistency_psnr, seam_score, write_report
 from engine.sampler import Sampling, picture_of
-from engine.strips import BandReader
+from engine.strips import BandReader, cut
 from engine.tiles import Level, Plan
 
-IMAGE, TIFF, PNG, PREVIEW, GUIDE, REPORT = (
-    "image.ome.zarr",
-    "image.tiff",
-    "image.png",
-    "preview.png",
-    "guide.png",
-    "report.json",
-)
+IMAGE, PREVIEW, GUIDE, REPORT = "image.ome.zarr", "preview.png", "guide.png", "report.json"
+EXPORTS: dict[ExportFormat, str] = {
+    "tiff": "image.tiff",
+    "ome-tiff": "image.ome.tiff",
+    "dzi": "image.dzi",
+    "png": "image.png",
+}
+"""Format → its name in the run folder."""
 
 
 def wanted(config: RunConfig, plan: Plan) -> list[str]:
     """Return the names in the run folder that a finished run has."""
     names = [IMAGE, *([GUIDE] if guide_level(plan) else [])]
-    names += [{"tiff": TIFF, "png": PNG}[f] for f in config.output.formats]
+    names += [EXPORTS[f] for f in config.output.formats]
     return [*names, PREVIEW, REPORT]
 
 
@@ -62,7 +62,7 @@ def decode(s: Sampling, folder: Path, mpp_um: float, provenance: dict[str, objec
     if start < height:
         read = BandReader(lambda y0, y1: s.canvas.read(s.plan.finest.name, y0, y1), size[0], BAND)
         rows = decode_rows(read, size, s.plan.decode, s.denoiser, s.decode_sigma, "decode", start // LATENT_FACTOR)
-        for done in image.fill(cut(map(to_uint8, rows), height - start, width), start):
+        for done in image.fill(cut(map(to_uint8, rows), (0, height - start), (0, width)), start):
             s.canvas.record(decoded_px=done)
     if max(image.sizes[-1]) > TOP_PX:  # the pyramid names its levels last, so it is whole or has to be made
         image.build_pyramid()
@@ -72,22 +72,14 @@ def decode(s: Sampling, folder: Path, mpp_um: float, provenance: dict[str, objec
         write_picture(folder / GUIDE, to_uint8(picture_of(s, level, latents, level.name)), image.provenance)
 
 
-def cut(rows: Iterable[np.ndarray], height: int, width: int) -> Iterator[np.ndarray]:
-    """Cut a stream of rows (3, n, w) to `height` rows in all, `width` px wide."""
-    for part in rows:
-        if height > 0:
-            yield part[:, :height, :width]
-        height -= part.shape[1]
-
-
 def export(folder: Path, config: RunConfig, plan: Plan, clock: Clock) -> None:
     """Write what is asked for and not there."""
     image, todo, o = Image.open(folder / IMAGE), missing(folder, config, plan), config.output
     with clock.phase("exports"):
-        if TIFF in todo:
-            write_tiff(folder / TIFF, image, o.tiff_compression, o.jpeg_quality)
-        if PNG in todo:
-            write_png(folder / PNG, image)
+        for name in o.formats:
+            if EXPORTS[name] in todo:
+                compression = o.tiff_compression if name.endswith("tiff") else None
+                write_export(folder / EXPORTS[name], image, name, compression, o.jpeg_quality)
         if PREVIEW in todo:
             write_preview(folder / PREVIEW, image, read_guide(folder, plan))
 

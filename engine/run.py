@@ -20,7 +20,7 @@ from engine.canvas import Canvas
 from engine.conditions import Conditions, find_conditions, keep_conditions
 from engine.config import RunConfig
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
-from engine.export import check_png
+from engine.exports.png import check_png
 from engine.guidance import make_canvas_guidance
 from engine.model import checkpoint, hub
 from engine.model.config import ModelConfig
@@ -160,7 +160,7 @@ def _compute(
         waited = timed.waited_s - before
         progress.say("decoding")
         with clock.phase("decoding"):
-            outputs.decode(s, job.folder, job.model.base_mpp, _provenance(job, canvas))
+            outputs.decode(s, job.folder, job.model.base_mpp, provenance(job, canvas.digest, canvas.keys))
         return {
             **crew.facts(),
             "device": crew.device,
@@ -171,14 +171,15 @@ def _compute(
         }
 
 
-def _provenance(job: Job, canvas: Canvas) -> dict[str, object]:
-    """Return what every picture says of itself; Image adds that it is synthetic."""
+def provenance(job: Job, plan: str, keys: dict[str, object]) -> dict[str, object]:
+    """Return what every picture says of itself: `plan` is the digest of `keys`. Image adds that it is synthetic."""
     section = job.config.model
     return {
         "generator": f"zoomldm-engine {__version__}",
         "model": section.source if section.variant is None else f"{section.source}/{section.variant}",
-        "plan": canvas.digest,
+        "plan": plan,
         "seed": job.config.sampling.seed,
+        "config": keys,
     }
 
 

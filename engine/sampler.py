@@ -135,6 +135,17 @@ def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarra
     return np.clip(np.concatenate(list(rows), axis=1), -1, 1)
 
 
+def predict_window(
+    s: Sampling, pass_: Pass, number: int, level: Level, tiling: Tiling, origin: tuple[int, int]
+) -> Iterator[np.ndarray]:
+    """Yield the averaged x0 of a window of a level at a step, top to bottom, (3, n, w); steers and writes nothing.
+
+    `level` has the window's size, the canvas its latents, `tiling` its tiles; all lie at `origin` of the whole level.
+    """
+    work = LevelStep(s, pass_, number, level, tiling, None, steers=False, origin=origin)
+    return work.averaged(s.denoiser.denoise(work.batches()))
+
+
 @dataclass(eq=False)
 class LevelStep:
     """One step of one level: cuts its batches, and makes x_{t−} of their answers."""
@@ -152,6 +163,8 @@ class LevelStep:
     """float32 (3, h, w): what a finer level is to be steered by, from run() to picture()."""
     guide: GuidePicture | None = None
     """What steers this level, during run()."""
+    origin: tuple[int, int] = (0, 0)
+    """Where `level` lies in latent px when it is a window of a level; its tiling is the window's."""
 
     @property
     def step(self) -> Step:
@@ -174,7 +187,7 @@ class LevelStep:
         kept = []
         steer = s.canvas_guidance if self.guide is not None else None
         halo = steer.halo_cells * self.guide.cell if steer is not None and self.guide is not None else 0
-        for top, y0, y1, rows in in_bands(self._averaged(answers), level.height, BAND, halo):
+        for top, y0, y1, rows in in_bands(self.averaged(answers), level.height, BAND, halo):
             x0 = rows[:LATENT_CHANNELS]
             if steer is not None and self.guide is not None:
                 x0 = steer_rows(steer, np.ascontiguousarray(x0), (top, y0, y1), self.guide)
@@ -196,7 +209,7 @@ class LevelStep:
         self.x0 = None
         return GuidePicture(image, self.level.factor // finer.factor)
 
-    def _averaged(self, answers: Iterator[TilePrediction]) -> Iterator[np.ndarray]:
+    def averaged(self, answers: Iterator[TilePrediction]) -> Iterator[np.ndarray]:
         """Yield finished rows of averaged x0, top to bottom: (3, n, w), or (6, n, w) with newton's eps below."""
         make_weight = smooth_weight if self.pass_.tile_weights == "smooth" else uniform_weight
         channels = LATENT_CHANNELS * (2 if self._newton else 1)
@@ -220,6 +233,7 @@ class LevelStep:
             return canvas.progress.steps < self.number
 
         read = BandReader(lambda y0, y1: canvas.read(name, y0, y1, ahead()), self.level.height, BAND)
+        top, left = self.origin
         for number, tiles in enumerate(self.tiling.batches()):
             rows = self.tiling.corner(tiles[0])[0], self.tiling.corner(tiles[-1])[0] + TILE_LATENT_PX
             while (ahead() and not canvas.written(name, *rows)) or (self._newton and self.guide is None):
@@ -232,7 +246,7 @@ class LevelStep:
                 x_t=gather_tiles(read, self.tiling, tiles),
                 timestep=self.step.t,
                 alpha_bar=self.step.alpha_bar,
-                cells=np.stack([tile_cells(self.s.grid, y, x, self.level.factor) for y, x in corners]),
+                cells=np.stack([tile_cells(self.s.grid, y + top, x + left, self.level.factor) for y, x in corners]),
                 magnification=self.level.index,
                 weight=self.pass_.weight,
                 newton=self._target(corners),

@@ -172,9 +172,58 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[Path]:
         raise
 
 
+@contextlib.contextmanager
+def replacing_folder(path: Path, markers: tuple[str, ...], needed: int | None = None) -> Iterator[Path]:
+    """Give an empty temporary folder to fill; afterwards it durably replaces the folder `path`, whole or not at all.
+
+    A folder that is there is replaced only when it is empty or holds one of `markers`, files that every folder of this
+    kind has: a mistyped path must not cost a user's files. `needed` (bytes) is for the message.
+    Raises: CanvasError if it is another folder or the disk refuses; the old folder then still stands.
+    """
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old.partial")
+    try:
+        if path.exists() and not any((path / marker).is_file() for marker in markers) and not _is_empty(path):
+            raise CanvasError(
+                f"{path} must be free, or an earlier export with {' or '.join(markers)}; it is something else. Choose "
+                "another name, or remove it yourself."
+            )
+        remove(partial)
+        partial.mkdir()
+        yield partial
+        fsync_tree(partial)
+        remove(old)
+        if path.exists():
+            path.rename(old)  # a folder cannot be renamed over a full one
+        try:
+            partial.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        fsync(path.parent)
+        remove(old)
+    except OSError as error:
+        _drop(partial)
+        raise disk_error(error, f"{path} cannot be written", path.parent, needed) from error
+    except BaseException:
+        _drop(partial)
+        raise
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all it holds, if it is there. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _drop(path: Path) -> None:
     with contextlib.suppress(OSError):  # the error that led here is the one to show
-        path.unlink()
+        remove(path)
 
 
 def fsync(path: Path) -> None:

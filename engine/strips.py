@@ -39,6 +39,37 @@ class BandReader:
         return self._held[i]
 
 
+class ForwardReader:
+    """Read rows of a stream that comes top to bottom; no call may ask for rows above an earlier one."""
+
+    def __init__(self, rows: Iterable[np.ndarray]) -> None:
+        self._rows = iter(rows)
+        self._held: np.ndarray | None = None
+        self._top = 0
+
+    def __call__(self, y0: int, y1: int) -> np.ndarray:
+        """Return rows y0..y1, float32 (3, y1−y0, width). Raises ValueError when they are gone or never come."""
+        if y0 < self._top:
+            raise ValueError(f"rows must be read top to bottom; got {y0} after {self._top}.")
+        while self._held is None or self._top + self._held.shape[1] < y1:
+            part = next(self._rows, None)
+            if part is None:
+                raise ValueError(f"the stream must reach row {y1}; it ended before.")
+            self._held = part if self._held is None else np.concatenate([self._held, part], axis=1)
+        self._held, self._top = self._held[:, y0 - self._top :], y0
+        return self._held[:, : y1 - y0]
+
+
+def cut(rows: Iterable[np.ndarray], ys: tuple[int, int], xs: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Cut rows ys[0]..ys[1] and columns xs[0]..xs[1] out of a stream of rows (3, n, w)."""
+    top = 0
+    for part in rows:
+        first, last = max(ys[0] - top, 0), min(ys[1] - top, part.shape[1])
+        if first < last:
+            yield part[:, first:last, xs[0] : xs[1]]
+        top += part.shape[1]
+
+
 def gather_tiles(read: ReadRows, tiling: Tiling, tiles: tuple[int, ...]) -> np.ndarray:
     """Return the windows of a batch, the last one repeated up to the batch size: float32 (B, 3, 64, 64).
 

@@ -61,6 +61,33 @@ class Tiling:
 
 
 @dataclass(frozen=True)
+class Box:
+    """Rows y0..y1 and columns x0..x1 of a picture or a level."""
+
+    y0: int
+    x0: int
+    y1: int
+    x1: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(h, w)."""
+        return self.y1 - self.y0, self.x1 - self.x0
+
+    def moved(self, y: int, x: int) -> "Box":
+        """Return the same box seen from (y, x)."""
+        return Box(self.y0 - y, self.x0 - x, self.y1 - y, self.x1 - x)
+
+
+def touching(tiling: Tiling, box: Box) -> tuple[Tiling, Box]:
+    """Return the tiles that touch a box (latent px), as a tiling of the box they fill, and that box."""
+    ys = [y for y in tiling.ys if y < box.y1 and y + TILE_LATENT_PX > box.y0]
+    xs = [x for x in tiling.xs if x < box.x1 and x + TILE_LATENT_PX > box.x0]
+    filled = Box(ys[0], xs[0], ys[-1] + TILE_LATENT_PX, xs[-1] + TILE_LATENT_PX)
+    return Tiling(tuple(y - ys[0] for y in ys), tuple(x - xs[0] for x in xs), tiling.batch_size), filled
+
+
+@dataclass(frozen=True)
 class Pass:
     """A run over timesteps with one tiling per level; None leaves a level alone."""
 

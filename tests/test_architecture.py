@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("generate_large", "engine.parity", "engine.train", "engine.sample")
+COMMANDS = ("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export")
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments",
-    "canvas image export report reference model slides",
+    "canvas canvas_view image exports report reference model slides",
     "predict pointwise guidance decode",
     "sampler",
-    "estimate conditions pilot progress outputs run replay training patches",
-    "parity train sample",
+    "estimate conditions pilot progress outputs run snapshot replay training patches",
+    "parity train sample export",
 )
 MAX_FILE, MAX_FUNCTION = 300, 50
 

@@ -66,6 +66,14 @@ def test_continues_where_it_was_committed(tmp_path: Path):
         np.testing.assert_array_equal(canvas.read("20x", 250, 270), rows_of(1, "20x")[:, 250:270])
 
 
+def test_half_written_exports_do_not_block_a_run(tmp_path: Path):
+    run_of(tmp_path, 1)
+    (tmp_path / "image_files.partial" / "0").mkdir(parents=True)
+    (tmp_path / "image.tiff.partial").write_bytes(b"half")
+    with Canvas.open(tmp_path, KEYS, LEVELS):
+        assert not list(tmp_path.glob("*.partial"))
+
+
 def test_written_rows_count_only_after_commit(tmp_path: Path):
     with Canvas.open(tmp_path, KEYS, LEVELS) as canvas:
         write_step(canvas, 1)

@@ -1,239 +1,239 @@
-"""The picture and its copies: other people's readers see the same pixels, levels and scale."""
+"""The command: a run, finished or at work, becomes files that other readers open; mistakes cost nothing."""
 
 import json
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import openslide
 import PIL.Image
 import pytest
+import pyvips
 import tifffile
-import zarr
+import torch
 
-from engine.errors import CanvasError
-from engine.export import check_png, resolution, write_picture, write_png, write_preview, write_tiff
-from engine.image import CHUNK_PX, Image, halve
+from engine.config import (
+    CanvasConfig,
+    GuidanceConfig,
+    ModelConfigSection,
+    OutputConfig,
+    RayConfig,
+    RunConfig,
+    SamplingConfig,
+)
+from engine.export import main
+from engine.image import Image
+from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles, TileBatch, TilePrediction
+from engine.progress import Progress
+from engine.run import Crew, prepare, run, work_alone
 
-HEIGHT, WIDTH = 1300, 900
-PROVENANCE = {"model": "demo", "digest": "ab12", "seed": 7}
+HEIGHT, WIDTH = 260, 600
 
 
-def pixels_of(height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
-    """Smooth waves, and a black corner of a whole chunk, which zarr would not store by itself."""
-    y, x = np.mgrid[:height, :width]
-    waves = [127 + 100 * np.sin(y / 60 + k) * np.cos(x / (50 + 9 * k)) for k in range(3)]
-    pixels = np.stack(waves).astype(np.uint8)
-    pixels[:, :CHUNK_PX, :CHUNK_PX] = 0
-    return pixels
+class Dying:
+    """A denoiser whose machine dies at a given batch."""
+
+    def __init__(self, inner: DenoiseTiles, batches: int) -> None:
+        self.inner, self.left = inner, batches
+
+    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
+        for answer in self.inner.denoise(batches):
+            if self.left == 0:
+                raise ConnectionError("the machine died")
+            self.left -= 1
+            yield answer
+
+    def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
+        return self.inner.decode(batches)
 
 
-PIXELS = pixels_of()
+def make_run(parent: Path, batches: int) -> Path:
+    """Run until so many batches of tiles are in; two steps of one batch each make a whole run."""
+    torch.manual_seed(0)
+    ZoomLDM(tiny_config()).save_pretrained(parent / "model")
+    np.save(parent / "grid.npy", np.random.default_rng(0).standard_normal((16, 2, 3)).astype(np.float32))
+    config = RunConfig(
+        model=ModelConfigSection(source=str(parent / "model"), device="cpu"),
+        canvas=CanvasConfig(HEIGHT, WIDTH, levels=("20x",)),
+        sampling=SamplingConfig(stride=500, batch_size=6),
+        guidance=GuidanceConfig("none"),
+        ray=RayConfig(enabled=False),
+        output=OutputConfig(str(parent / "run"), formats=("tiff", "ome-tiff", "dzi", "png")),
+        embeddings=str(parent / "grid.npy"),
+    )
 
+    @contextmanager
+    def mortal(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
+        with work_alone(model, config) as crew:
+            yield replace(crew, denoiser=Dying(crew.denoiser, batches))
 
-def image_of(path: Path, mpp_um: float = 0.5) -> Image:
-    image = Image.create(path, HEIGHT, WIDTH, mpp_um, "test", PROVENANCE)
-    for _ in image.fill(PIXELS[:, y : y + 100] for y in range(0, HEIGHT, 100)):
-        pass
-    image.build_pyramid()
-    return image
+    with suppress(ConnectionError):
+        run(prepare(config), mortal, Progress())
+    return parent / "run"
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
-    return image_of(tmp_path_factory.mktemp("image") / "image.ome.zarr")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("finished"), 99)
 
 
-@contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """Let the kernel refuse files above a size, as a full disk or quota refuses them."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Interrupted in its last step."""
+    return make_run(tmp_path_factory.mktemp("stopped"), 1)
+
+
+def exported(capsys: pytest.CaptureFixture[str], *argv: object) -> Path:
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return Path(out.strip())
+
+
+def vips(path: Path) -> np.ndarray:
+    return pyvips.Image.new_from_file(str(path)).numpy().transpose(2, 0, 1)
+
+
+def pixels_of(folder: Path) -> np.ndarray:
+    return Image.open(folder / "image.ome.zarr").read(0, HEIGHT)
+
+
+def test_a_run_leaves_what_its_config_asks_for(finished: Path) -> None:
+    for name in ("image.tiff", "image.ome.tiff", "image.png"):
+        np.testing.assert_array_equal(vips(finished / name), pixels_of(finished))
+    assert (finished / "image.dzi").is_file()
+    assert (finished / "image_files" / "10").is_dir()
+    said = Image.open(finished / "image.ome.zarr").provenance
+    state = json.loads((finished / "state.json").read_text())
+    assert said["synthetic"] is True
+    assert (said["plan"], said["config"]) == (state["digest"], state["keys"])
+    assert said["config"]["sampling.seed"] == said["seed"] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--region=37,11,333,200"]])
+@pytest.mark.parametrize("name", ["tiff", "ome-tiff", "png"])
+def test_finished_run_without_a_model(
+    finished: Path, name: str, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.snapshot.load_model", None)
+    path = exported(capsys, finished, "--format", name, *flags)
+    assert path.parent == finished / "exports"
+    expected = pixels_of(finished)
+    np.testing.assert_array_equal(vips(path), expected[:, 11:211, 37:370] if flags else expected)
+
+
+def test_a_region_has_levels_scale_and_place_of_its_own(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = exported(capsys, finished, "--format", "tiff", "--region=8,4,590,250", "--level=1")
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[0].aspage()
+        said = json.loads(page.description)
+        assert page.shape == (125, 295, 3)
+    assert said["mpp_um"] == 2 * 0.5
+    assert said["region_xywh_px"] == [8, 4, 590, 250]
+    assert said["synthetic"] is True
+
+
+def test_thumbnail_and_jpeg(finished: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = exported(capsys, finished, "--format=jpeg", "--max_px=150", f"--out={tmp_path / 'small.jpg'}")
+    with PIL.Image.open(path) as jpeg:
+        assert jpeg.size == (150, 65)
+        assert json.loads(jpeg.getexif()[270])["mpp_um"] == 2.0
+    assert [p.name for p in tmp_path.iterdir()] == ["small.jpg"]
+
+
+def test_run_at_work_shows_its_current_x0(stopped: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not (stopped / "image.ome.zarr").exists()
+    whole = exported(capsys, stopped, "--format", "png")
+    assert whole.name.startswith("x0_joint_")
+    part = exported(capsys, stopped, "--format", "tiff", "--region", "100,30,300,222", "--device", "cpu")
+    pixels = vips(whole)
+    assert pixels.shape == (3, HEIGHT, WIDTH)
+    assert pixels.std() > 1
+    # Tiles keep other company in their batches, which may change last bits.
+    assert np.abs(vips(part).astype(int) - pixels[:, 30:252, 100:400]).max() <= 1
+    with tifffile.TiffFile(part) as tiff:
+        said = json.loads(tiff.pages[0].aspage().description)
+    assert said["unfinished"]["pass"] == "joint"
+    assert said["unfinished"]["guidance"] == "left out"
+    assert said["region_xywh_px"] == [100, 30, 300, 222]
+    assert not list(stopped.glob("exports/*.partial"))
+
+
+def test_x0_of_the_last_step_is_the_finished_picture(finished: Path, stopped: Path, capsys: pytest.CaptureFixture[str],
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """With nothing left to do, the latents themselves are decoded, as the run does."""
+    before = pixels_of(finished)
+    monkeypatch.setattr("engine.export.find_picture", lambda folder: None)
+    path = exported(capsys, finished, "--format", "png", f"--out={finished / 'exports' / 'again.png'}")
+    np.testing.assert_array_equal(vips(path), before)
+    with PIL.Image.open(path) as png:
+        assert "unfinished" not in json.loads(png.info["provenance"])
+
+
+def test_other_weights_are_refused(stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (stopped / "config.yaml").read_text()
+    torch.manual_seed(1)
+    ZoomLDM(tiny_config()).save_pretrained(tmp_path / "other")
+    source = str(stopped.parent / "model")
     try:
-        yield
+        (stopped / "config.yaml").write_text(text.replace(source, str(tmp_path / "other")))
+        assert main([str(stopped), "--format=png"]) == 1
+        assert "model.weights was" in capsys.readouterr().err
+        (stopped / "config.yaml").unlink()
+        assert main([str(stopped), "--format=png"]) == 1
+        assert "config.yaml must say how the run is made" in capsys.readouterr().err
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        (stopped / "config.yaml").write_text(text)
 
 
-def test_picture_is_valid_ome_zarr(image: Image):
-    group = zarr.open_group(str(image.path), mode="r")
-    ome = json.loads(json.dumps(group.attrs["ome"]))
-    (scales,) = ome["multiscales"]
-    assert ome["version"] == "0.5"
-    assert [(a["name"], a["type"], a.get("unit")) for a in scales["axes"]] == [
-        ("c", "channel", None), ("y", "space", "micrometer"), ("x", "space", "micrometer")]  # fmt: skip
-    transforms = [d["coordinateTransformations"] for d in scales["datasets"]]
-    assert [t[0]["scale"] for t in transforms] == [[1, 0.5, 0.5], [1, 1, 1], [1, 2, 2]]
-    assert [t[1]["translation"] for t in transforms] == [[0, 0, 0], [0, 0.25, 0.25], [0, 0.75, 0.75]]
-    assert [c["color"] for c in ome["omero"]["channels"]] == ["FF0000", "00FF00", "0000FF"]
-    assert group.attrs["zoomldm_engine"] == {"synthetic": True, **PROVENANCE}
-    array = group["0"]
-    assert isinstance(array, zarr.Array)
-    assert (array.shape, array.dtype, array.metadata.to_dict()["dimension_names"]) == (
-        (3, HEIGHT, WIDTH), np.uint8, ("c", "y", "x"))  # fmt: skip
-    np.testing.assert_array_equal(np.asarray(array[:]), PIXELS)
+@pytest.mark.parametrize(
+    ("flags", "code", "text"),
+    [
+        (["--format=png", "--region=500,0,200,100"], 2, "must lie inside the picture, 600 x 260 px"),
+        (["--format=png", "--region=0,0,0,100"], 2, "not be empty"),
+        (["--format=png", "--region=1,2,3"], 2, "x,y,width,height in whole px"),
+        (["--format=png", "--level=7"], 2, "level must lie in 0..1"),
+        (["--format=png", "--level=1", "--max_px=10"], 2, "exclude each other"),
+        (["--format=png", "--max_px=5000"], 2, "max_px must lie in 1..2048"),
+        (["--format=png", "--compression=jpeg"], 2, "compression is a choice of tiff, ome-tiff, dzi"),
+        (["--format=tiff", "--ngff=0.4"], 2, "ngff is the version of ome-zarr"),
+        (["--format=ome-tiff", "--out=a.png"], 2, "must end in .ome.tiff or .ome.tif"),
+        (["--format=bmp"], 2, "'ome-tiff'"),
+        ([], 2, "format"),
+    ],
+)
+@pytest.mark.parametrize("which", ["finished", "stopped"])
+def test_bad_input(
+    which: str, flags: list[str], code: int, text: str, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = request.getfixturevalue(which)
+    before = sorted(folder.rglob("*"))
+    if which == "stopped" and "level must" in text:
+        pytest.skip("the picture is predicted before its levels are known")
+    try:
+        found = main([str(folder), *flags])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == code
+    assert text in capsys.readouterr().err
+    assert [p for p in sorted(folder.rglob("*")) if p.name != "exports"] == [p for p in before if p.name != "exports"]
 
 
-def test_pyramid_is_the_box_average_of_the_whole_picture(image: Image):
-    assert image.sizes == [(1300, 900), (650, 450), (325, 225)]
-    expected = PIXELS
-    for level, (h, _) in enumerate(image.sizes):
-        np.testing.assert_array_equal(image.read(0, h, level=level), expected)
-        expected = halve(expected)
+def test_what_is_the_runs_is_not_written(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (finished / "image.tiff").read_bytes()
+    assert main([str(finished), "--format=tiff", f"--out={finished / 'image.tiff'}"]) == 2
+    assert "belong to the run" in capsys.readouterr().err
+    assert (finished / "image.tiff").read_bytes() == before
+    assert main([str(tmp_path), "--format=tiff"]) == 1
+    assert "must be the folder of a run" in capsys.readouterr().err
 
 
-def test_halving_averages_what_is_there_at_odd_borders():
-    block = np.array([[[0, 2, 10], [4, 6, 20], [8, 9, 30]]] * 3, np.uint8)
-    np.testing.assert_array_equal(halve(block)[0], [[3, 15], [9, 30]])
-
-
-def test_interrupted_decoding_goes_on_from_the_last_band(tmp_path: Path):
-    image = Image.create(tmp_path / "i", HEIGHT, WIDTH, 0.5, "test", {})
-    done = next(image.fill(PIXELS[:, y : y + 100] for y in range(0, HEIGHT, 100)))
-    assert done == 1024
-    again = Image.open(tmp_path / "i")
-    assert list(again.fill([PIXELS[:, done:]], start=done)) == [HEIGHT]
-    np.testing.assert_array_equal(again.read(0, HEIGHT), PIXELS)
-
-
-@pytest.mark.parametrize(("rows", "says"), [(900, "900 came"), (1301, "1301 came")])
-def test_stream_of_another_height_is_an_error(tmp_path: Path, rows: int, says: str):
-    image = Image.create(tmp_path / "i", HEIGHT, WIDTH, 0.5, "test", {})
-    with pytest.raises(ValueError, match=says):
-        list(image.fill([pixels_of(rows)]))
-
-
-@pytest.mark.parametrize(("y0", "n"), [(100, 512), (0, 511), (1024, 300), (0, 0)])
-def test_only_whole_chunks_are_written(tmp_path: Path, y0: int, n: int):
-    image = Image.create(tmp_path / "i", HEIGHT, WIDTH, 0.5, "test", {})
-    with pytest.raises(ValueError, match="multiples of 512"):
-        image.write(y0, np.zeros((3, n, WIDTH), np.uint8))
-
-
-@pytest.mark.parametrize("harm", ["flip", "cut", "delete"])
-def test_lost_chunk_is_an_error_not_black(tmp_path: Path, harm: str):
-    image = image_of(tmp_path / "i")
-    path = tmp_path / "i" / "0" / "c" / "0" / "1" / "1"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    {"flip": lambda: path.write_bytes(data), "cut": lambda: path.write_bytes(data[:99]), "delete": path.unlink}[harm]()
-    image.read(0, 512)
-    with pytest.raises(CanvasError, match=r"c/0/1/1 of level 0 is (missing|damaged)"):
-        image.read(600, 700, 600, 700)
-
-
-@pytest.mark.parametrize("harm", ["absent", "garbled", "foreign"])
-def test_what_is_not_a_picture_is_refused(tmp_path: Path, harm: str):
-    if harm == "garbled":
-        image_of(tmp_path / "i")
-        (tmp_path / "i" / "zarr.json").write_text("{")
-    if harm == "foreign":
-        zarr.open_group(str(tmp_path / "i"), mode="w")
-    with pytest.raises(CanvasError, match="must be an OME-Zarr picture"):
-        Image.open(tmp_path / "i")
-
-
-def test_tiff_opens_in_openslide_with_the_same_pixels(image: Image, tmp_path: Path):
-    write_tiff(tmp_path / "a.tiff", image)
-    with openslide.OpenSlide(tmp_path / "a.tiff") as slide:
-        assert slide.level_dimensions == tuple((w, h) for h, w in image.sizes)
-        assert float(slide.properties["openslide.mpp-x"]) == 0.5
-        assert float(slide.properties["openslide.mpp-y"]) == 0.5
-        assert json.loads(slide.properties["tiff.ImageDescription"]) == {
-            "synthetic": True, "mpp_um": 0.5, **PROVENANCE}  # fmt: skip
-        for level, (h, w) in enumerate(image.sizes):
-            seen = np.asarray(slide.read_region((0, 0), level, (w, h)))[..., :3]
-            np.testing.assert_array_equal(seen.transpose(2, 0, 1), image.read(0, h, level=level))
-
-
-def test_tiff_opens_in_tifffile_as_one_pyramid(image: Image, tmp_path: Path):
-    write_tiff(tmp_path / "a.tiff", image)
-    with tifffile.TiffFile(tmp_path / "a.tiff") as tiff:
-        assert tiff.is_bigtiff
-        pages = [page.aspage() for page in tiff.pages]
-        assert [page.subfiletype for page in pages] == [0, 1, 1]
-        assert all(page.is_tiled for page in pages)
-        assert len(tiff.series) == 1
-        assert len(tiff.series[0].levels) == 3
-        for level, seen in enumerate(tiff.series[0].levels):
-            expected = image.read(0, image.sizes[level][0], level=level)
-            np.testing.assert_array_equal(seen.asarray().transpose(2, 0, 1), expected)
-
-
-def test_jpeg_tiff_keeps_the_colours(image: Image, tmp_path: Path):
-    write_tiff(tmp_path / "a.tiff", image, "jpeg", 95)
-    with openslide.OpenSlide(tmp_path / "a.tiff") as slide:
-        seen = np.asarray(slide.read_region((0, 0), 0, (WIDTH, HEIGHT)))[..., :3].transpose(2, 0, 1)
-    assert np.abs(seen.astype(int) - PIXELS).mean() < 2
-
-
-@pytest.mark.parametrize("mpp_um", [1e6, 8e6, 0.5, 0.2527, 1 / 3, 1e-3])
-def test_resolution_is_a_valid_rational(mpp_um: float):
-    top, bottom = resolution(mpp_um)
-    assert 0 < top < 2**32
-    assert 0 < bottom < 2**32
-    assert 10_000 * bottom / top == pytest.approx(mpp_um, rel=1e-6)
-
-
-def test_satellite_tiff_has_its_scale(tmp_path: Path):
-    write_tiff(tmp_path / "a.tiff", image_of(tmp_path / "i", mpp_um=1e6))
-    with openslide.OpenSlide(tmp_path / "a.tiff") as slide:
-        assert float(slide.properties["openslide.mpp-x"]) == 1e6
-
-
-def test_full_disk_keeps_the_previous_export(image: Image, tmp_path: Path):
-    write_tiff(tmp_path / "a.tiff", image)
-    before = (tmp_path / "a.tiff").read_bytes()
-    with full_disk(20_000), pytest.raises(CanvasError, match=r"a\.tiff cannot be written.*full.*MiB.*repeat"):
-        write_tiff(tmp_path / "a.tiff", image)
-    assert (tmp_path / "a.tiff").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["a.tiff"]
-
-
-def test_full_disk_while_decoding_and_in_the_pyramid(tmp_path: Path):
-    image = Image.create(tmp_path / "i", HEIGHT, WIDTH, 0.5, "test", {})
-    with full_disk(20_000), pytest.raises(CanvasError, match=r"rows 0\.\.1024, cannot be written"):
-        list(image.fill([PIXELS]))
-    assert list(image.fill([PIXELS])) == [1024, HEIGHT]
-    with full_disk(20_000), pytest.raises(CanvasError, match="pyramid"):
-        image.build_pyramid()
-    again = Image.open(tmp_path / "i")
-    assert again.sizes == [(HEIGHT, WIDTH)]
-    again.build_pyramid()
-    assert len(again.sizes) == 3
-
-
-def test_png_is_the_picture_and_says_synthetic(image: Image, tmp_path: Path):
-    write_png(tmp_path / "a.png", image)
-    with PIL.Image.open(tmp_path / "a.png") as png:
-        np.testing.assert_array_equal(np.asarray(png).transpose(2, 0, 1), PIXELS)
-        assert json.loads(png.info["provenance"])["synthetic"] is True
-
-
-def test_png_of_a_whole_slide_is_refused():
-    check_png(16384, 16384)
-    with pytest.raises(ValueError, match=r"at most 16384 px.*output\.formats"):
-        check_png(256, 16388)
-
-
-def test_preview_shows_canvas_and_guide_at_one_height(image: Image, tmp_path: Path):
-    guide = PIXELS.reshape(3, 65, 20, 45, 20).mean(axis=(2, 4)).astype(np.uint8)
-    write_preview(tmp_path / "p.png", image, guide)
-    with PIL.Image.open(tmp_path / "p.png") as png:
-        assert png.size == (709 + 8 + 709, 1024)
-        seen = np.asarray(png).astype(int)
-    assert (seen[:, 709:717] == 255).all()
-    small = np.asarray(PIL.Image.fromarray(PIXELS.transpose(1, 2, 0)).resize((709, 1024)))
-    inside = (slice(450, 1000), slice(20, 690))  # away from the black corner, where kernels differ
-    assert np.abs(seen[:, :709] - small)[inside].mean() < 3
-    assert np.abs(seen[:, 717:] - small)[inside].mean() < 6
-    write_preview(tmp_path / "q.png", image, None)
-    with PIL.Image.open(tmp_path / "q.png") as png:
-        assert png.size == (709, 1024)
-
-
-def test_picture_of_another_kind_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="uint8"):
-        write_picture(tmp_path / "g.png", np.zeros((4, 4, 3), np.uint8), {})
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ome_zarr_by_version(finished: Path, version: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = exported(capsys, finished, "--format=ome-zarr", f"--ngff={version}")
+    assert (path / ".zattrs").exists() == (version == "0.4")
+    if version == "0.5":
+        np.testing.assert_array_equal(Image.open(path).read(0, HEIGHT), pixels_of(finished))
