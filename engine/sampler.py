@@ -188,13 +188,13 @@ class LevelStep:
         steer = s.canvas_guidance if self.guide is not None else None
         halo = steer.halo_cells * self.guide.cell if steer is not None and self.guide is not None else 0
         for top, y0, y1, rows in in_bands(self.averaged(answers), level.height, BAND, halo):
-            x0 = rows[:LATENT_CHANNELS]
-            if steer is not None and self.guide is not None:
-                x0 = steer_rows(steer, np.ascontiguousarray(x0), (top, y0, y1), self.guide)
-            else:
-                x0 = x0[:, y0 - top : y1 - top]
+            predicted = rows[:LATENT_CHANNELS]
+            x0 = predicted[:, y0 - top : y1 - top]
             moved = self._newton
             eps = rows[LATENT_CHANNELS:, y0 - top : y1 - top] if moved else self.step.eps_from_x0(read(y0, y1), x0)
+            if steer is not None and self.guide is not None:
+                # eps stays what was predicted: taken from the moved x0 it would undo most of the move in the update
+                x0 = steer_rows(steer, np.ascontiguousarray(predicted), (top, y0, y1), self.guide)
             noise = s.noise(f"{self.pass_.name}/{level.name}", self.number, (y0, y1), level.width)
             s.canvas.write(level.name, y0, self.step.update(x0, eps, noise))
             if self.steers:
