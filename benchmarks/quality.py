@@ -121,6 +121,8 @@ def patch_figures(model: ZoomLDM, encoder, regions: list[HeldOut], count: int, s
             )
         )
     if sheet is not None:
+        width = max(row.shape[1] for row in rows)  # a region holds few patches at the lowest magnification
+        rows = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
         PIL.Image.fromarray(np.concatenate(rows)).save(sheet)
     return figures
 

@@ -11,6 +11,7 @@ busy = the coordinator's share of that time.
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections import deque
@@ -94,8 +95,8 @@ class SimulatedReplicas:
                 self.start()
                 yield answer
                 self.coordinated()
-            elif pending:
-                self._wait(pending[0][0])
+            elif pending or more or held:
+                self._wait(pending[0][0] if pending else math.inf)  # all may be busy with another run's batches
         self.start()
 
     def _ask(self, source: Iterator[Any]) -> tuple[list[Any], bool]:
