@@ -6,6 +6,7 @@ Facts: zarr 3 renames each chunk into place without fsync, and its writes are at
 
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -75,21 +76,21 @@ class Canvas:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, f"{folder} cannot be used as output.folder") from error
-        lock = RunLock(folder / "run.lock")
-        try:
-            if (folder / "state.json").exists():
-                state = load_state(folder / "state.json")
-                check_keys(folder, state.keys, keys)
-                _sweep(folder)
-            else:
-                state = _create(folder, keys, levels)
-            return cls(folder, lock, state, levels)
-        except OSError as error:
-            lock.release()
-            raise disk_error(error, f"{folder} cannot be used", folder, canvas_nbytes(levels)) from error
-        except BaseException:
-            lock.release()
-            raise
+        with ExitStack() as on_error:
+            lock = RunLock(folder / "run.lock")
+            on_error.callback(lock.release)
+            try:
+                if (folder / "state.json").exists():
+                    state = load_state(folder / "state.json")
+                    check_keys(folder, state.keys, keys)
+                    _sweep(folder)
+                else:
+                    state = _create(folder, keys, levels)
+                canvas = cls(folder, lock, state, levels)
+            except OSError as error:
+                raise disk_error(error, f"{folder} cannot be used", folder, canvas_nbytes(levels)) from error
+            on_error.pop_all()
+            return canvas
 
     @property
     def progress(self) -> Progress:

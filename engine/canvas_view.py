@@ -1,7 +1,7 @@
 """The canvas of a run that another process may be working on: seen without its lock, changing nothing.
 
-What was committed when the view was made is read; the worker overwrites it two commits later, never one. So what was
-read is whole if no commit came in between, which `moved` tells afterwards.
+What was committed when the view was made is read; the worker overwrites it only after its next commit. So what was read
+is whole if no commit came in between, which `moved` tells afterwards.
 """
 
 from pathlib import Path

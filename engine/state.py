@@ -158,18 +158,24 @@ def replacing(path: Path, needed: int | None = None) -> Iterator[Path]:
 
     `needed` (bytes) is for the message. Raises: CanvasError if the disk refuses; the old file then still stands.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with _partial_of(path, needed) as partial:
         yield partial
         fsync(partial)
         partial.replace(path)
         fsync(path.parent)
+
+
+@contextlib.contextmanager
+def _partial_of(path: Path, needed: int | None) -> Iterator[Path]:
+    """Give the temporary name of `path`; nothing is left there, whatever happens. Raises: CanvasError for OSError."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        try:
+            yield partial
+        finally:
+            _drop(partial)  # before the message, which says how much room there is
     except OSError as error:
-        _drop(partial)
         raise disk_error(error, f"{path} cannot be written", path.parent, needed) from error
-    except BaseException:
-        _drop(partial)
-        raise
 
 
 @contextlib.contextmanager
@@ -180,8 +186,8 @@ def replacing_folder(path: Path, markers: tuple[str, ...], needed: int | None = 
     kind has: a mistyped path must not cost a user's files. `needed` (bytes) is for the message.
     Raises: CanvasError if it is another folder or the disk refuses; the old folder then still stands.
     """
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old.partial")
-    try:
+    old = path.with_name(path.name + ".old.partial")
+    with _partial_of(path, needed) as partial:
         if path.exists() and not any((path / marker).is_file() for marker in markers) and not _is_empty(path):
             raise CanvasError(
                 f"{path} must be free, or an earlier export with {' or '.join(markers)}; it is something else. Choose "
@@ -201,12 +207,6 @@ def replacing_folder(path: Path, markers: tuple[str, ...], needed: int | None = 
             raise
         fsync(path.parent)
         remove(old)
-    except OSError as error:
-        _drop(partial)
-        raise disk_error(error, f"{path} cannot be written", path.parent, needed) from error
-    except BaseException:
-        _drop(partial)
-        raise
 
 
 def _is_empty(path: Path) -> bool:

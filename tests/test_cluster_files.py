@@ -110,7 +110,7 @@ def pods() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_manifest_fits_the_published_reference(kind: str) -> None:
-    jsonschema.Draft202012Validator(KINDS[kind]).validate(documents()[kind])
+    assert list(jsonschema.Draft202012Validator(KINDS[kind]).iter_errors(documents()[kind])) == []
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,8 @@ def wait_for(folder: Path, beginning: str) -> None:
 
 
 def test_bash_reads_it() -> None:
-    subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
+    read = subprocess.run(["bash", "-n", str(SCRIPT)], capture_output=True, text=True)
+    assert (read.returncode, read.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("code", [0, 3])
