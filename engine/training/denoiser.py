@@ -18,7 +18,8 @@ from engine.training.autoencoder import encode_tiles
 from engine.training.checkpointing import save_array
 from engine.training.data import Regions, Tile
 from engine.training.loop import step_rng
-from engine.training.settings import DenoiserSettings
+from engine.training.places import AttentionWatch, look_up_loss
+from engine.training.settings import DenoiserSettings, PlaceSettings
 
 DENOISER = 3
 _COARSE_LATENT_PX = (8, 64)
@@ -95,6 +96,35 @@ def draw_batch(data: LatentTiles, settings: DenoiserSettings, seed: int, step: i
     )
 
 
+def noise_shares(model: ZoomLDM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return √ᾱ and √(1−ᾱ) of a batch's times, each `(B, 1, 1, 1)`."""
+    alpha_bar = model.alphas_cumprod.to(batch.x0.device, torch.float32)[batch.times]
+    return alpha_bar.sqrt()[:, None, None, None], (1 - alpha_bar).sqrt()[:, None, None, None]
+
+
+def noisy_latents(model: ZoomLDM, batch: Batch) -> Tensor:
+    """Return x_t `(B, 3, 64, 64)`, channels last."""
+    a, b = noise_shares(model, batch)
+    return (a * batch.x0 + b * batch.noise).contiguous(memory_format=torch.channels_last)
+
+
+def look_up_share(settings: PlaceSettings, step: int) -> float:
+    """Return the weight of the look-up loss at a step."""
+    return settings.look_up_weight * max(0.0, 1 - step / max(1, settings.look_up_steps))
+
+
+def guided_loss(
+    model: ZoomLDM, batch: Batch, settings: DenoiserSettings, bfloat16: bool, watch: AttentionWatch, weight: float
+) -> tuple[Tensor, dict[str, float]]:
+    """Return denoiser_loss plus `weight` times the look-up loss of the same forward pass."""
+    if weight == 0:
+        return denoiser_loss(model, batch, settings, bfloat16)
+    with watch.listening() as heard:
+        loss, figures = denoiser_loss(model, batch, settings, bfloat16)
+    look_up = look_up_loss(heard, batch.grids, batch.dropped)
+    return loss + weight * look_up, figures | {"look_up": float(look_up.detach())}
+
+
 def denoiser_loss(
     model: ZoomLDM, batch: Batch, settings: DenoiserSettings, bfloat16: bool
 ) -> tuple[Tensor, dict[str, float]]:
@@ -105,9 +135,8 @@ def denoiser_loss(
     the layout, x0 is less than a percent of eps. Errors averaged over 8×8 and 64×64 latent px count extra: plain MSE
     gives a tile's mean colour 1/4096 of the weight. The minimiser, the conditional mean, stays what it is.
     """
-    alpha_bar = model.alphas_cumprod.to(batch.x0.device, torch.float32)[batch.times]
-    a, b = (v.sqrt()[:, None, None, None] for v in (alpha_bar, 1 - alpha_bar))
-    x_t = (a * batch.x0 + b * batch.noise).contiguous(memory_format=torch.channels_last)
+    a, b = noise_shares(model, batch)
+    x_t = noisy_latents(model, batch)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bfloat16):
         context = model.summarize(batch.grids, batch.magnifications)
         null = model.null_context(len(batch.grids)).to(context.dtype)

@@ -19,13 +19,16 @@ from engine.training.denoiser import (
     DenoiserNetworks,
     LatentTiles,
     cache_latents,
-    denoiser_loss,
     draw_batch,
+    guided_loss,
     heldout_eps_error,
+    look_up_share,
 )
 from engine.training.export import fit_colour_maps, write_model
 from engine.training.figures import save_reconstructions, save_samples
+from engine.training.initial import start_with_places
 from engine.training.loop import Optimisation
+from engine.training.places import AttentionWatch
 from engine.training.settings import TrainingConfig
 from engine.training.stages import (
     DEMO_SCALE,
@@ -78,6 +81,10 @@ def train_denoiser(
         )
     )
     model.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    taught = config.initial is None and config.places.token_steps > 0
+    if taught:
+        start_with_places(model, data, config)
+    watch = AttentionWatch(model.unet)
     networks = DenoiserNetworks(model).train()
     optimisation = Optimisation(networks, settings, run / "denoiser.pt", config.checkpoint_s, config.threads)
     reported = [time.monotonic()]
@@ -91,7 +98,8 @@ def train_denoiser(
 
     def loss_of(step: int, share: int) -> tuple[torch.Tensor, dict[str, float]]:
         batch = draw_batch(data, settings, config.seed, step, config.device).share(share, optimisation.shares)
-        return denoiser_loss(model, batch, settings, config.bfloat16)
+        weight = look_up_share(config.places, step) if taught else 0.0
+        return guided_loss(model, batch, settings, config.bfloat16, watch, weight)
 
     optimisation.run(loss_of, report)
 

@@ -139,6 +139,30 @@ class DenoiserSettings(OptimiserSettings):
 
 
 @dataclass(frozen=True)
+class PlaceSettings:
+    """What fresh networks learn about the places of cells before they denoise; off for an initial model."""
+
+    token_steps: int = 300
+    """Steps in which the Summarizer learns to tell place and content of its cells; 0 with path_steps 0 = off."""
+    path_steps: int = 250
+    """Steps in which the U-Net learns to tell where its pixels lie."""
+    batch_size: int = 24
+    """Grids per step of the Summarizer; the U-Net takes two tiles of them."""
+    look_up_weight: float = 0.1
+    """Weight of the cross-entropy between attention and a pixel's own cell, at the start of denoising."""
+    look_up_steps: int = 2000
+    """Step at which that weight has fallen to zero, linearly."""
+
+    def __post_init__(self) -> None:
+        _require((self.token_steps > 0) == (self.path_steps > 0),
+                 "places.token_steps and places.path_steps must both be positive or both be 0",
+                 (self.token_steps, self.path_steps))  # fmt: skip
+        _require(min(self.token_steps, self.look_up_steps) >= 0, "places: steps must be 0 or more", self.token_steps)
+        _require(self.batch_size >= 4, "places.batch_size must be at least 4", self.batch_size)
+        _require(self.look_up_weight >= 0, "places.look_up_weight must be 0 or more", self.look_up_weight)
+
+
+@dataclass(frozen=True)
 class TrainingConfig:
     """Everything the trainer reads; the resolved form is written into the run folder and training.json."""
 
@@ -169,6 +193,8 @@ class TrainingConfig:
     """Phantoms and tiles."""
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
     """First stage."""
+    places: PlaceSettings = field(default_factory=PlaceSettings)
+    """Before the second stage."""
     train: DenoiserSettings = field(default_factory=DenoiserSettings)
     """Second stage."""
 
