@@ -1,4 +1,7 @@
-"""What every DenoiseTiles must do; a subclass gives the fixture `denoiser`. Real networks at tiny size."""
+"""What every DenoiseTiles must do; a subclass gives the fixture `denoiser`. Real networks at tiny size.
+
+Also the denoiser that dies, for tests of resuming.
+"""
 
 from collections.abc import Iterable, Iterator
 from itertools import repeat
@@ -12,6 +15,23 @@ from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles, NewtonTarget
 
 READ_AHEAD = 16
 """Batches any denoiser of these tests may take before it has answered the first."""
+
+
+class Dying:
+    """A denoiser whose machine dies at a given batch."""
+
+    def __init__(self, inner: DenoiseTiles, batches: int) -> None:
+        self.inner, self.left = inner, batches
+
+    def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
+        for answer in self.inner.denoise(batches):
+            if self.left == 0:
+                raise ConnectionError("the machine died")
+            self.left -= 1
+            yield answer
+
+    def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
+        return self.inner.decode(batches)
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> ZoomLDM:

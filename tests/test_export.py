@@ -1,7 +1,7 @@
 """The command: a run, finished or at work, becomes files that other readers open; mistakes cost nothing."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 import pyvips
 import tifffile
 import torch
+from denoiser_contract import Dying
 
 from engine.config import (
     CanvasConfig,
@@ -25,28 +26,10 @@ from engine.config import (
 from engine.export import main
 from engine.image import Image
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles, TileBatch, TilePrediction
 from engine.progress import Progress
 from engine.run import Crew, prepare, run, work_alone
 
 HEIGHT, WIDTH = 260, 600
-
-
-class Dying:
-    """A denoiser whose machine dies at a given batch."""
-
-    def __init__(self, inner: DenoiseTiles, batches: int) -> None:
-        self.inner, self.left = inner, batches
-
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
-        for answer in self.inner.denoise(batches):
-            if self.left == 0:
-                raise ConnectionError("the machine died")
-            self.left -= 1
-            yield answer
-
-    def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
-        return self.inner.decode(batches)
 
 
 def make_run(parent: Path, batches: int) -> Path:

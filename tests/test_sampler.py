@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from denoiser_contract import Dying
 from diffusers import DDIMScheduler
 
 from engine.canvas import Canvas
@@ -107,21 +108,29 @@ def test_where_tiles_agree_the_tiling_does_not_matter(tmp_path: Path, method: st
     np.testing.assert_allclose(found[0], found[2], atol=2e-3)
 
 
-class Dying:
-    """A denoiser whose machine dies at a given batch."""
+class Raising:
+    """A guidance that raises every latent by one."""
 
-    def __init__(self, inner: DenoiseTiles, batches: int) -> None:
-        self.inner, self.left = inner, batches
+    halo_cells = 0
 
-    def denoise(self, batches: Iterable[TileBatch]) -> Iterator[TilePrediction]:
-        for answer in self.inner.denoise(batches):
-            if self.left == 0:
-                raise ConnectionError("the machine died")
-            self.left -= 1
-            yield answer
+    def correct(self, x0: torch.Tensor, wished: torch.Tensor, q: int) -> torch.Tensor:
+        return x0 + 1
 
-    def decode(self, batches):
-        return self.inner.decode(batches)
+
+def test_guidance_moves_x0_and_leaves_eps(tmp_path: Path) -> None:
+    """After one step the canvas has moved by what the update makes of x0 alone."""
+    c = RunConfig(canvas=CanvasConfig(300, 500), sampling=SamplingConfig(stride=1000))
+    plain = sampling(tmp_path / "plain", c, PointwiseDenoiser())
+    steered = sampling(tmp_path / "steered", c, PointwiseDenoiser())
+    after = []
+    for s in (replace(plain, canvas_guidance=None), replace(steered, canvas_guidance=Raising())):
+        with s.canvas as canvas:
+            sample_large(s)
+            after.append({level.name: canvas.read(level.name, 0, level.height) for level in s.plan.levels})
+    step = plain.plan.passes[0].steps[0]
+    finest, coarsest = plain.plan.finest.name, plain.plan.levels[0].name
+    np.testing.assert_allclose(after[1][finest] - after[0][finest], step.alpha_bar_prev**0.5, atol=1e-4)
+    assert np.array_equal(after[1][coarsest], after[0][coarsest])
 
 
 @pytest.mark.parametrize("method", ["linear", "newton"])
