@@ -64,7 +64,7 @@ class Canvas:
                 place.lock()
             state = place.begin(keys, levels)
             if place is not home:
-                state = _join(home, state, place.where)
+                state = _join(home, state, place.url)
             try:
                 canvas = cls(folder, place, home, state, levels)
             except place.unreachable as error:
@@ -180,7 +180,7 @@ class Canvas:
         decoded = now.decoded_px if decoded_px is None else decoded_px
         done = now.finished if finished is None else finished
         state = replace(self._state, progress=replace(now, decoded_px=decoded, finished=done))
-        self._home.save(state if self._home is self._storage else replace(state, store=self._storage.where))
+        self._home.save(state if self._home is self._storage else replace(state, store=self._storage.url))
         self._state = state
 
     @contextmanager
@@ -201,8 +201,10 @@ class Canvas:
 
     def close(self) -> None:
         """Let another run use the folder; harmless when repeated."""
-        self._storage.unlock()
-        self._home.unlock()
+        try:
+            self._storage.unlock()
+        finally:
+            self._home.unlock()
 
     def __enter__(self) -> Self:
         return self
@@ -248,9 +250,9 @@ class Canvas:
 
 def _check_home(home: FolderStorage, keys: dict[str, object], place: Storage) -> None:
     """Refuse a run folder of another run, or of one with its latents elsewhere; touches nothing."""
-    if place is not home and Path(place.where).resolve() == Path(home.where).resolve():
+    if place is not home and place.url == home.url:
         raise CanvasError(f"canvas.store must be another folder than output.folder; both are {home.where}. Drop it.")
-    state, store = home.load(), None if place is home else place.where
+    state, store = home.load(), None if place is home else place.url
     if state is not None:
         check_keys(home.where, state.keys, keys)
         if state.store != store:
@@ -260,11 +262,11 @@ def _check_home(home: FolderStorage, keys: dict[str, object], place: Storage) ->
             )
 
 
-def _join(home: FolderStorage, state: RunState, where: str) -> RunState:
+def _join(home: FolderStorage, state: RunState, url: str) -> RunState:
     """Make the folder one of a run elsewhere; return its state, with what of the picture is decoded in this folder."""
     before = home.load()
     if before is not None and before.commits == state.commits:
         progress = replace(state.progress, decoded_px=before.progress.decoded_px, finished=before.progress.finished)
         return replace(state, progress=progress)
-    home.save(replace(state, store=where))
+    home.save(replace(state, store=url))
     return state

@@ -47,6 +47,10 @@ class ObjectStorage:
         return self._objects.where
 
     @property
+    def url(self) -> str:
+        return self._objects.where
+
+    @property
     def arrays(self) -> Store:
         return ZarrStore(self._chunks.store)
 

@@ -41,7 +41,12 @@ class Storage(Protocol):
 
     @property
     def where(self) -> str:
-        """The folder or URL, for messages and for state.json."""
+        """The folder or URL, for messages."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """What `open_storage` takes."""
         ...
 
     @property
@@ -128,6 +133,10 @@ class FolderStorage:
     @property
     def where(self) -> str:
         return str(self._folder)
+
+    @property
+    def url(self) -> str:
+        return self._folder.resolve().as_uri()
 
     @property
     def arrays(self) -> Store:
