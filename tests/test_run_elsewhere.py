@@ -4,7 +4,6 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,17 @@ from test_generate_large import finished, inputs, picture, started  # noqa: F401
 import generate_large
 from engine import export, objects
 from engine.canvas_view import CanvasView
+from engine.conditions import STORED, _kept_grid
+from engine.config import CanvasConfig, OutputConfig, RunConfig
+from engine.object_storage import ObjectStorage
+from engine.state import RunState
 from engine.storage import open_storage
 
 
-def state_of(url: str) -> dict[str, object] | None:
-    """Return what state.json says, from outside."""
-    found = objects.Objects(url, objects.connect(url)).get("state.json")
-    return None if found is None else json.loads(found[0])
+def commits_of(url: str) -> int:
+    """Return how many commits state.json counts; 0 while there is none."""
+    state = open_storage(url).load()
+    return 0 if state is None else state.commits
 
 
 @pytest.fixture
@@ -29,17 +32,19 @@ def argv(inputs: list[str], s3_url: str) -> list[str]:  # noqa: F811
 
 
 @pytest.fixture
-def killed(argv: list[str], s3_url: str, tmp_path: Path) -> Iterator[Path]:
-    """The folder of a run whose driver was killed in the middle."""
-    folder = tmp_path / "killed"
-    with started([*argv, f"--output.folder={folder}"], tmp_path) as process:
-        while process.poll() is None and ((state := state_of(s3_url)) is None or state["commits"] < 2):  # type: ignore[operator]
-            time.sleep(0.02)
-        process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert not (folder / "report.json").exists()
-    yield folder
+def interrupted(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a run that was interrupted after its second commit."""
+    folder, save = tmp_path / "interrupted", ObjectStorage.save
+
+    def save_twice(storage: ObjectStorage, state: RunState) -> None:
+        save(storage, state)
+        if state.commits == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStorage, "save", save_twice)
+        assert generate_large.main([*argv, f"--output.folder={folder}"]) == 130
+    return folder
 
 
 def test_same_bytes_as_on_a_disk(finished: Path, argv: list[str], s3_url: str, tmp_path: Path) -> None:  # noqa: F811
@@ -59,16 +64,28 @@ def test_same_bytes_as_on_a_disk(finished: Path, argv: list[str], s3_url: str, t
     assert not [data for data in written for secret in secrets if secret in data]
 
 
-def test_killed_run_continues_on_another_machine(finished: Path, argv: list[str], killed: Path, tmp_path: Path) -> None:  # noqa: F811
-    shutil.rmtree(killed)  # with the machine
-    folder = tmp_path / "another"
-    assert generate_large.main([*argv, f"--output.folder={folder}"]) == 0
-    assert picture(folder) == picture(finished)
-    assert json.loads((folder / "report.json").read_text())["resumed"]
+def test_killed_run_continues_on_another_machine(
+    finished: Path,  # noqa: F811
+    argv: list[str],
+    s3_url: str,
+    tmp_path: Path,
+) -> None:
+    folders = [tmp_path / name for name in ("killed", "another")]
+    with started([*argv, f"--output.folder={folders[0]}"], tmp_path) as process:
+        while process.poll() is None and commits_of(s3_url) < 2:
+            time.sleep(0.1)
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folders[0] / "report.json").exists()
+    shutil.rmtree(folders[0])  # with the machine
+    assert generate_large.main([*argv, f"--output.folder={folders[1]}"]) == 0
+    assert picture(folders[1]) == picture(finished)
+    assert json.loads((folders[1] / "report.json").read_text())["resumed"]
 
 
 def test_a_machine_that_would_change_the_bytes_is_refused(
-    argv: list[str], killed: Path, s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    argv: list[str], interrupted: Path, s3_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = objects.connect(s3_url)
     began = json.loads(store.get("records/environment.json").bytes().to_bytes())
@@ -78,7 +95,10 @@ def test_a_machine_that_would_change_the_bytes_is_refused(
 
 
 def test_finished_run_is_seen_and_completed_anywhere(
-    finished: Path, argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]  # noqa: F811
+    finished: Path,  # noqa: F811
+    argv: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     assert generate_large.main([*argv, f"--output.folder={first}"]) == 0
@@ -90,17 +110,17 @@ def test_finished_run_is_seen_and_completed_anywhere(
 
 
 def test_export_of_a_run_at_work_and_of_a_finished_one(
-    argv: list[str], killed: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    argv: list[str], interrupted: Path, s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = [str(killed), "--format=png", "--region=0,0,256,256", "--device=cpu"]
-    before = state_of(s3_url)
+    command = [str(interrupted), "--format=png", "--region=0,0,256,256", "--device=cpu"]
+    before = open_storage(s3_url).load()
     assert export.main(command) == 0
-    assert list((killed / "exports").glob("x0_joint_*.png"))
-    assert state_of(s3_url) == before
-    assert generate_large.main([*argv, f"--output.folder={killed}"]) == 0
+    assert list((interrupted / "exports").glob("x0_joint_*.png"))
+    assert open_storage(s3_url).load() == before
+    assert generate_large.main([*argv, f"--output.folder={interrupted}"]) == 0
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the bucket may be gone by then
     assert export.main(command) == 0
-    assert (killed / "exports" / "image_x0_y0_256x256.png").exists()
+    assert (interrupted / "exports" / "image_x0_y0_256x256.png").exists()
 
 
 def test_plan_names_the_store_and_asks_it_nothing(
@@ -123,9 +143,6 @@ def test_missing_bucket_is_said_before_any_work(
 
 def test_a_picture_as_reference_is_embedded_once(s3_url: str, tmp_path: Path) -> None:
     """What the first machine's encoder made is what the second continues with."""
-    from engine.conditions import STORED, _kept_grid
-    from engine.config import CanvasConfig, OutputConfig, RunConfig
-
     config = RunConfig(canvas=CanvasConfig(store=s3_url), output=OutputConfig(str(tmp_path / "run")))
     assert _kept_grid(config) is None
     grid = np.arange(12, dtype=np.float32).reshape(3, 2, 2)
