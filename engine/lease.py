@@ -83,7 +83,8 @@ class Lease:
     def _read(self, data: bytes) -> dict[str, str | int] | None:
         """Return the owner of a lease; None when it was released."""
         try:
-            return json.loads(data)["owner"]
+            owner = json.loads(data)["owner"]
+            return None if owner is None else {key: owner[key] for key in _myself()}
         except (ValueError, KeyError, TypeError) as error:
             raise CanvasError(
                 f"{self._objects.where}/{_NAME} must be a lease of this engine; {error}. If no run works there, remove "

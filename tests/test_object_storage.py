@@ -261,6 +261,7 @@ def test_arrays_of_earlier_writers_go_when_nothing_names_them(tmp_path: Path) ->
 def test_a_sleeper_who_wakes_spoils_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lease passes to another machine while its owner does not run; then the owner goes on."""
     monkeypatch.setattr(lease, "WATCH_S", 0.2)
+    monkeypatch.setattr(lease, "BEAT_S", 1e6)
     bucket = Memory()
     with Canvas.open(tmp_path / "sleeper", KEYS, LEVELS, bucket.connect()) as sleeper:
         committed(sleeper, 1)
@@ -321,6 +322,7 @@ def test_run_on_another_machine_is_refused_at_its_next_beat(tmp_path: Path, monk
 
 def test_silent_lease_of_another_machine_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "WATCH_S", 0.2)
+    monkeypatch.setattr(lease, "BEAT_S", 1e6)
     bucket, new = Memory(), folder_of(tmp_path)
     canvas = Canvas.open(new(), KEYS, LEVELS, bucket.connect())
     committed(canvas, 1)
