@@ -270,16 +270,15 @@ def test_a_sleeper_who_wakes_spoils_nothing(tmp_path: Path, monkeypatch: pytest.
         bucket.own(machine="another")
         with Canvas.open(tmp_path / "next", KEYS, LEVELS, bucket.connect()) as canvas:
             for step in (3, 4, 5):
-                if step < 5:
-                    committed(canvas, step)
+                committed(canvas, step)
                 write_step(sleeper, 3)  # into arrays that no state names
-                assert_holds(canvas, min(step, 4))
+                assert_holds(canvas, step)
             with pytest.raises(CanvasError, match=r"state\.json must be written by one run at a time"):
                 sleeper.commit(0, 3)
-            assert_holds(canvas, 4)
+            assert_holds(canvas, 5)
     with Canvas.open(tmp_path / "last", KEYS, LEVELS, bucket.connect()) as canvas:
-        assert canvas.progress == Progress(0, 4)
-        assert_holds(canvas, 4)
+        assert canvas.progress == Progress(0, 5)
+        assert_holds(canvas, 5)
 
 
 def test_a_lost_lease_is_noticed_at_the_next_beat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
