@@ -36,5 +36,5 @@ clean:  ## remove the virtual environment and caches; runs/ stays
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --constraint constraints.txt --group dev --editable '.[cluster]'
+	$(BIN)/python -m pip install --constraint constraints.txt --group dev --editable '.[cluster,cloud]'
 	touch $@

@@ -59,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
     except (KeyboardInterrupt, SystemExit) as stop:  # actors.cluster turns SIGTERM into SystemExit
         progress.close()
         progress.say(
-            f"Interrupted. Every finished step is in {config.output.folder}; run the same command again to continue."
+            f"Interrupted. Every finished step is in {config.canvas.store or config.output.folder}; run the same "
+            "command again to continue."
         )
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     sys.stdout.write(f"The pictures are in {folder}: preview.png shows canvas and guide side by side.\n")

@@ -1,94 +1,74 @@
 """The zarr state of a run: two buffers per level; what state.json names is whole, whatever interrupts.
 
-It knows rows of latents and steps, not models, tiles or pictures.
-Facts: zarr 3 renames each chunk into place without fsync, and its writes are atomic per chunk only.
+It knows rows of latents and steps, not models, tiles or pictures, nor on what the latents lie (`Storage`).
 """
 
-import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
-import zarr
-import zarr.errors
-from zarr.codecs import BytesCodec, Crc32cCodec
-from zarr.storage import LocalStore
 
-from engine.errors import CanvasError
+from engine.errors import CanvasError, CanvasMismatchError
+from engine.latents import BAND, Size, array_path, canvas_nbytes, open_array
 from engine.magnification import LATENT_CHANNELS
-from engine.state import (
-    Progress,
-    RunLock,
-    RunState,
-    check_folder,
-    check_keys,
-    disk_error,
-    fsync,
-    fsync_tree,
-    load_state,
-    plain,
-    remove,
-    save_state,
-)
+from engine.state import Progress, RunState, check_keys, plain, write_atomically
+from engine.storage import FolderStorage, Storage
 
 __all__ = ["BAND", "Canvas", "Progress", "canvas_nbytes"]
-
-BAND = 256
-"""Rows and columns of a chunk in latent px: the unit of writing."""
-_CRC_NBYTES = 4
-Size = tuple[int, int]
-
-
-def canvas_nbytes(levels: dict[str, Size]) -> int:
-    """Return the bytes on disk of both buffers of all levels (latent px); border chunks are stored whole."""
-    chunks = sum(-(-h // BAND) * -(-w // BAND) for h, w in levels.values())
-    return 2 * chunks * (LATENT_CHANNELS * BAND * BAND * 4 + _CRC_NBYTES)
 
 
 class Canvas:
     """The latents of one run. Steps read the committed buffers and write the others; `commit` swaps them."""
 
-    def __init__(self, folder: Path, lock: RunLock, state: RunState, levels: dict[str, Size]) -> None:
+    def __init__(self, folder: Path, storage: Storage, home: FolderStorage, state: RunState,
+                 levels: dict[str, Size]) -> None:  # fmt: skip
         """Use `Canvas.open`."""
         self.folder = folder
         self.levels = dict(levels)
         """Name → (h, w) in latent px."""
-        self._lock = lock
+        self._storage = storage
+        self._home = home
+        """The run folder: the storage itself, or where a picture is made from latents that lie elsewhere."""
         self._state = state
-        self._arrays = {(n, i): open_array(folder, n, i, s) for n, s in levels.items() for i in (0, 1)}
+        arrays, self._pair = storage.arrays, (2 * state.writer, 2 * state.writer + 1)
+        used = {(n, b) for n, committed in state.buffers.items() for b in (committed, *self._pair) if b is not None}
+        self._arrays = {(n, b): open_array(arrays, self._place, n, b, levels[n]) for n, b in used}
         self._written: dict[str, set[int]] = {}
 
     @classmethod
-    def open(cls, folder: Path, keys: dict[str, object], levels: dict[str, Size]) -> Self:
+    def open(
+        cls, folder: Path, keys: dict[str, object], levels: dict[str, Size], storage: Storage | None = None
+    ) -> Self:
         """Create the run in this folder, or continue the one that lies there. Close it after use.
 
-        `keys` decide the picture's bytes, flat and JSON-able; `levels` are (h, w) in latent px.
-        Raises: CanvasMismatchError if another plan lives there, naming the keys; CanvasError if the folder is
-        foreign, in use, damaged, not writable or too small.
+        `keys` decide the picture's bytes, flat and JSON-able; `levels` are (h, w) in latent px; `storage` is where the
+        latents lie, None for the folder.
+        Raises: CanvasMismatchError if another plan lives there, naming the keys; CanvasError if the folder or the
+        storage is foreign, in use, damaged, not writable, too small or does not answer.
         """
         keys = plain(keys | {f"plan.levels.{name}": size for name, size in levels.items()})
-        try:
-            check_folder(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, f"{folder} cannot be used as output.folder") from error
+        home = FolderStorage(folder)
+        place = home if storage is None else storage
+        home.check()
+        place.check()
         with ExitStack() as on_error:
-            lock = RunLock(folder / "run.lock")
-            on_error.callback(lock.release)
+            on_error.callback(home.unlock)
+            home.lock()
+            _check_home(home, keys, place)
+            if place is not home:
+                on_error.callback(place.unlock)
+                place.lock()
+            state = place.begin(keys, levels)
+            if place is not home:
+                state = _join(home, state, place.url)
             try:
-                if (folder / "state.json").exists():
-                    state = load_state(folder / "state.json")
-                    check_keys(folder, state.keys, keys)
-                    _sweep(folder)
-                else:
-                    state = _create(folder, keys, levels)
-                canvas = cls(folder, lock, state, levels)
-            except OSError as error:
-                raise disk_error(error, f"{folder} cannot be used", folder, canvas_nbytes(levels)) from error
+                canvas = cls(folder, place, home, state, levels)
+            except place.unreachable as error:
+                raise place.failed(error, "the arrays cannot be opened") from error
             on_error.pop_all()
             return canvas
 
@@ -129,11 +109,9 @@ class Canvas:
         array = self._arrays[level, buffer]
         try:
             rows = np.asarray(array[:, y0:y1])
-        except (
-            ValueError,
-            RuntimeError,
-            OSError,
-        ) as error:  # what zarr raises on a truncated or changed chunk
+        except self._storage.unreachable as error:
+            raise self._storage.failed(error, f"{array.path}, rows {y0}..{y1}, cannot be read") from error
+        except (ValueError, RuntimeError, OSError) as error:  # what zarr raises on a truncated or changed chunk
             raise self._damaged(array, y0, y1) from error
         if np.isnan(rows).any():
             raise self._damaged(array, y0, y1)
@@ -158,11 +136,13 @@ class Canvas:
                 f"latents of level {level}, rows {y0}..{y0 + wanted[1]}, must be finite; the network "
                 "returned NaN or infinity. Use model.dtype=float32 or bfloat16, or check the checkpoint."
             )
+        self._storage.hold()
         array = self._arrays[level, self._other(level)]
         try:
             array[:, y0 : y0 + wanted[1]] = rows
-        except OSError as error:
-            raise self._full(error, f"{array.path}, rows {y0}..{y0 + wanted[1]}, cannot be written") from error
+        except (OSError, *self._storage.unreachable) as error:
+            what = f"{array.path}, rows {y0}..{y0 + wanted[1]}, cannot be written"
+            raise self._storage.failed(error, what, canvas_nbytes(self.levels)) from error
         self._written.setdefault(level, set()).add(y0 // BAND)
 
     def written(self, level: str, y0: int, y1: int) -> bool:
@@ -183,26 +163,48 @@ class Canvas:
             if missing:
                 raise ValueError(f"level {level} must be written whole before commit; bands {missing} are missing.")
         buffers = self._state.buffers | {level: self._other(level) for level in chosen}
-        try:
-            for level in chosen:
-                fsync_tree(self.folder / "canvas.zarr" / level / f"latent_{self._other(level)}")
-        except OSError as error:
-            raise self._full(error, f"{self.folder / 'canvas.zarr'} cannot be written") from error
+        self._storage.sync(array_path(level, self._other(level)) for level in chosen)
         progress = Progress(pass_index=pass_index, steps=steps)
-        self._save(replace(self._state, progress=progress, buffers=buffers, commits=self._state.commits + 1))
+        state = replace(self._state, progress=progress, buffers=buffers, commits=self._state.commits + 1)
+        self._storage.save(state)
+        self._state = state
         for level in chosen:
             del self._written[level]
 
     def record(self, *, decoded_px: int | None = None, finished: bool | None = None) -> None:
-        """Note how far decoding and export are; the caller makes the pixels durable first (`Image.write`)."""
+        """Note how far decoding and export are; the caller makes the pixels durable first (`Image.write`).
+
+        It is noted in the run folder, where the pixels are.
+        """
         now = self.progress
         decoded = now.decoded_px if decoded_px is None else decoded_px
         done = now.finished if finished is None else finished
-        self._save(replace(self._state, progress=replace(now, decoded_px=decoded, finished=done)))
+        state = replace(self._state, progress=replace(now, decoded_px=decoded, finished=done))
+        self._home.save(state if self._home is self._storage else replace(state, store=self._storage.url))
+        self._state = state
+
+    @contextmanager
+    def shared(self, name: str) -> Iterator[Path]:
+        """Give the path of a file of the run folder that a resume must not make anew, wherever it goes on.
+
+        When the latents lie elsewhere, the one that is kept there replaces it first; if there is none, what the caller
+        leaves is kept. Raises CanvasError.
+        """
+        path = self.folder / name
+        elsewhere = self._storage is not self._home
+        kept = self._storage.record(name) if elsewhere else None
+        if kept is not None:
+            write_atomically(path, kept)
+        yield path
+        if elsewhere and kept is None and path.exists():
+            self._storage.keep(name, path.read_bytes())
 
     def close(self) -> None:
         """Let another run use the folder; harmless when repeated."""
-        self._lock.release()
+        try:
+            self._storage.unlock()
+        finally:
+            self._home.unlock()
 
     def __enter__(self) -> Self:
         return self
@@ -217,14 +219,12 @@ class Canvas:
         return self.levels[level]
 
     def _other(self, level: str) -> int:
-        return 1 if self._state.buffers[level] == 0 else 0
+        first, second = self._pair
+        return second if self._state.buffers[level] == first else first
 
-    def _save(self, state: RunState) -> None:
-        save_state(self.folder / "state.json", state)
-        self._state = state
-
-    def _full(self, error: OSError, what: str) -> CanvasError:
-        return disk_error(error, what, self.folder, canvas_nbytes(self.levels))
+    @property
+    def _place(self) -> str:
+        return f"{self._storage.where}/canvas.zarr"
 
     def _damaged(self, array: Any, y0: int, y1: int) -> CanvasError:
         """Find the first chunk of these rows that cannot be used; zarr's own messages name none."""
@@ -234,66 +234,39 @@ class Canvas:
                 try:
                     block = np.asarray(array[:, cy * BAND : (cy + 1) * BAND, cx * BAND : (cx + 1) * BAND])
                     problem = "is missing" if np.isnan(block).any() else None
+                except self._storage.unreachable as error:
+                    raise self._storage.failed(error, f"{array.path} cannot be read") from error
                 except (ValueError, RuntimeError, OSError) as error:
                     problem = f"is damaged ({str(error).splitlines()[0][:60]})"
                 if problem and where == "unknown":
                     where, why = f"0/{cy}/{cx}", problem
         p = self.progress
         return CanvasError(
-            f"{self.folder / 'canvas.zarr'}: chunk c/{where} of {array.path} {why}; it holds pass "
-            f"{p.pass_index}, step {p.steps}. Restore the file from a backup, or remove {self.folder} and run again."
+            f"{self._place}: chunk c/{where} of {array.path} {why}; it holds pass "
+            f"{p.pass_index}, step {p.steps}. Restore the file from a backup, or remove "
+            f"{self._storage.where} and run again."
         )
 
 
-def _create(folder: Path, keys: dict[str, object], levels: dict[str, Size]) -> RunState:
-    """Make all arrays before anyone writes, then state.json, which makes the folder a run."""
-    check_folder(folder)  # again: only under the lock can no other run change it
-    needed, free = canvas_nbytes(levels), shutil.disk_usage(folder).free
-    if free < needed:
-        raise CanvasError(
-            f"{folder} must have room for the latents, {needed / 2**20:,.0f} MiB; {free / 2**20:,.0f} MiB "
-            "are free. Free some space, choose another output.folder or a smaller canvas."
-        )
-    root = zarr.open_group(LocalStore(folder / "canvas.zarr"), mode="w", zarr_format=3)
-    for name, (height, width) in levels.items():
-        for buffer in (0, 1):
-            root.create_array(
-                f"{name}/latent_{buffer}",
-                shape=(LATENT_CHANNELS, height, width),
-                chunks=(LATENT_CHANNELS, BAND, BAND),
-                dtype="float32",
-                fill_value=float("nan"),  # a missing chunk shows up instead of reading as zeros
-                filters=None,
-                serializer=BytesCodec(),
-                compressors=Crc32cCodec(),  # latents are noise: zstd saves 8 % and costs x2-5 on reads
+def _check_home(home: FolderStorage, keys: dict[str, object], place: Storage) -> None:
+    """Refuse a run folder of another run, or of one with its latents elsewhere; touches nothing."""
+    if place is not home and place.url == home.url:
+        raise CanvasError(f"canvas.store must be another folder than output.folder; both are {home.where}. Drop it.")
+    state, store = home.load(), None if place is home else place.url
+    if state is not None:
+        check_keys(home.where, state.keys, keys)
+        if state.store != store:
+            raise CanvasMismatchError(
+                f"{home.where} holds a run with its latents in {state.store or 'the folder itself'}; got "
+                f"canvas.store={store}. Use the old value, or another output.folder."
             )
-    fsync_tree(folder / "canvas.zarr")
-    state = RunState(keys, Progress(), dict.fromkeys(levels))
-    save_state(folder / "state.json", state)
-    fsync(folder.parent)
+
+
+def _join(home: FolderStorage, state: RunState, url: str) -> RunState:
+    """Make the folder one of a run elsewhere; return its state, with what of the picture is decoded in this folder."""
+    before = home.load()
+    if before is not None and before.commits == state.commits:
+        progress = replace(state.progress, decoded_px=before.progress.decoded_px, finished=before.progress.finished)
+        return replace(state, progress=progress)
+    home.save(replace(state, store=url))
     return state
-
-
-def open_array(folder: Path, name: str, buffer: int, size: Size, mode: Literal["r", "r+"] = "r+") -> Any:
-    """Open one buffer of a level of a run; `size` is (h, w) in latent px. Raises CanvasError unless it is as made."""
-    path = f"{name}/latent_{buffer}"
-    try:
-        array = zarr.open_array(LocalStore(folder / "canvas.zarr"), path=path, mode=mode)
-    except (OSError, ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
-        raise CanvasError(
-            f"{folder / 'canvas.zarr'}: array {path} must be there; it cannot be opened ({error}). Restore "
-            f"{path}/zarr.json from a backup, or remove {folder} and run again."
-        ) from error
-    wanted = ((LATENT_CHANNELS, *size), (LATENT_CHANNELS, BAND, BAND), np.dtype("float32"))
-    if (array.shape, array.chunks, array.dtype) != wanted or not np.isnan(array.fill_value):
-        raise CanvasError(
-            f"{folder / 'canvas.zarr'}: array {path} must be {wanted}; got {array.dtype} {array.shape} in "
-            f"chunks {array.chunks}. Restore {path}/zarr.json from a backup, or remove {folder} and run again."
-        )
-    return array
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what writers killed in the middle left behind; a chunk counts from its rename on."""
-    for partial in [*(folder / "canvas.zarr").rglob("*.partial"), *folder.glob("*.partial")]:
-        remove(partial)

@@ -8,22 +8,29 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.canvas import open_array
 from engine.errors import CanvasError
-from engine.state import load_state
+from engine.latents import open_array
+from engine.state import RunState
+from engine.storage import FolderStorage, open_storage
 
 
 class CanvasView:
     """A run at one commit."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises: CanvasError if the folder has no state.json that can be read."""
+        """Raises: CanvasError if the folder, or where its latents lie, has no state.json that can be read."""
         self.folder = folder
-        self.state = load_state(folder / "state.json")
+        home = FolderStorage(folder)
+        store = _present(home.load(), home.where).store
+        self._storage = home if store is None else open_storage(store)
+        self.state = self._load()
+
+    def _load(self) -> RunState:
+        return _present(self._storage.load(), self._storage.where)
 
     def moved(self) -> bool:
         """Say whether a commit came since. Raises CanvasError."""
-        return load_state(self.folder / "state.json").commits != self.state.commits
+        return self._load().commits != self.state.commits
 
     def read(self, level: str, y0: int, y1: int) -> np.ndarray:
         """Return rows y0..y1 of a level, float32 (3, y1-y0, w) in latent px; ask `moved` afterwards.
@@ -37,9 +44,11 @@ class CanvasView:
                 "step of the run."
             )
         height, width = self.state.keys[f"plan.levels.{level}"]  # type: ignore[misc]  # Canvas.open puts it there
-        array = open_array(self.folder, level, buffer, (height, width), mode="r")
         try:
+            array = open_array(self._storage.arrays, self._place, level, buffer, (height, width), mode="r")
             rows = np.asarray(array[:, y0:y1])
+        except self._storage.unreachable as error:
+            raise self._storage.failed(error, f"rows {y0}..{y1} of level {level} cannot be read") from error
         except (ValueError, RuntimeError, OSError) as error:  # what zarr raises on a truncated or changed chunk
             raise self._damaged(level, y0, y1, str(error)) from error
         if np.isnan(rows).any():
@@ -48,6 +57,16 @@ class CanvasView:
 
     def _damaged(self, level: str, y0: int, y1: int, why: str) -> CanvasError:
         return CanvasError(
-            f"{self.folder / 'canvas.zarr'}: rows {y0}..{y1} of level {level} must be whole; {why}. Continue the run, "
+            f"{self._place}: rows {y0}..{y1} of level {level} must be whole; {why}. Continue the run, "
             "which names the damaged chunk, or restore it from a backup."
         )
+
+    @property
+    def _place(self) -> str:
+        return f"{self._storage.where}/canvas.zarr"
+
+
+def _present(state: RunState | None, where: str) -> RunState:
+    if state is None:
+        raise CanvasError(f"{where} must hold a run (state.json); it does not. Name the folder of a run.")
+    return state

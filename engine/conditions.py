@@ -5,6 +5,7 @@ know canvases or networks other than the encoder.
 """
 
 import hashlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from engine.model.encoders import load_encoder
 from engine.model.hub import DEMO
 from engine.reference import cover_canvas, embedding_grid, fit_grid, read_embeddings, read_reference
 from engine.state import replacing
+from engine.storage import open_storage
 from engine.tiles import Plan
 
 STORED = "conditions.npy"
@@ -77,11 +79,9 @@ def _from_picture(
     """Embed a picture, or take what an earlier start of the same run kept."""
     picture = read_reference(reference)
     digest = hashlib.sha256(picture.tobytes() + str(plan.grid_shape).encode()).hexdigest()
-    stored = Path(config.output.folder) / STORED
-    if stored.exists() and stored.with_name("state.json").exists():
-        return Conditions(
-            stored_grid(stored), digest
-        )  # state.json's keys hold the digest, so another picture is refused
+    kept = _kept_grid(config)
+    if kept is not None:
+        return Conditions(kept, digest)  # state.json's keys hold the digest, so another picture is refused
     dtype = getattr(torch, config.model.dtype)
     encoder = load_encoder(model.encoder, config.model.encoder_source, extras, device, dtype)
     grid = embedding_grid(picture, encoder)
@@ -94,13 +94,26 @@ def _from_picture(
     return Conditions(cover_canvas(grid, h, w, model.ssl_dim, reference), digest)
 
 
+def _kept_grid(config: RunConfig) -> np.ndarray | None:
+    """Return the grid of an earlier start of the run, from where its state lies."""
+    if config.canvas.store is not None:
+        data = open_storage(config.canvas.store).record(STORED)
+        return None if data is None else _load_grid(io.BytesIO(data), f"{config.canvas.store}/records/{STORED}")
+    stored = Path(config.output.folder) / STORED
+    return stored_grid(stored) if stored.exists() and stored.with_name("state.json").exists() else None
+
+
 def stored_grid(path: Path) -> np.ndarray:
     """Return the grid a run keeps, float32 (D, h, w). Raises CanvasError."""
+    return _load_grid(path, str(path))
+
+
+def _load_grid(file: Path | io.BytesIO, name: str) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise CanvasError(
-            f"{path} must hold this run's SSL grid; {error}. Remove it to embed the picture again."
+            f"{name} must hold this run's SSL grid; {error}. Remove it to embed the picture again."
         ) from error
 
 

@@ -5,12 +5,15 @@ It knows ranges and units, not models or files. Keys map 1:1 to fields and to co
 
 from dataclasses import asdict, dataclass, field
 from typing import Literal
+from urllib.parse import urlsplit
 
 from engine.magnification import TILE_LATENT_PX, TILE_PX
 
 TileWeights = Literal["uniform", "smooth"]
 GuidanceMethod = Literal["newton", "linear", "probe", "none"]
 ExportFormat = Literal["tiff", "ome-tiff", "dzi", "png"]
+STORES = ("s3", "gs", "az", "file")
+"""Schemes of canvas.store."""
 
 
 def _require(ok: bool, rule: str, came: object, do: str = "") -> None:
@@ -51,10 +54,28 @@ class CanvasConfig:
     """Width in px, at least 256."""
     levels: tuple[str, ...] | None = None
     """Magnifications from coarse to fine, e.g. [1.25x, 20x]; None picks those whose coarsest tile sees the canvas."""
+    store: str | None = None
+    """Where the latents and the state lie instead of output.folder: s3://bucket/prefix, gs://, az:// or file:///folder.
+    Credentials come from the environment."""
 
     def __post_init__(self) -> None:
         for name, size in (("height", self.height), ("width", self.width)):
             _require(size >= TILE_PX, f"canvas.{name} must be at least {TILE_PX} px", size)
+        if self.store is not None:
+            _check_store(self.store)
+
+
+def _check_store(url: str) -> None:
+    """Hold a URL to bucket and prefix; what may be a secret is not repeated."""
+    parts = urlsplit(url)
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(
+            "canvas.store must be a bucket and a prefix alone, because it is written to config.yaml; got a user, a key "
+            "or a query too. Leave them out and put credentials into the environment."
+        )
+    _require(parts.scheme in STORES, f"canvas.store must begin with one of {', '.join(s + '://' for s in STORES)}", url)
+    absolute = parts.path.startswith("/") and not parts.netloc if parts.scheme == "file" else bool(parts.netloc)
+    _require(absolute, "canvas.store must be scheme://bucket/prefix or file:///absolute/folder", url)
 
 
 @dataclass(frozen=True)

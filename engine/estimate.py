@@ -224,14 +224,15 @@ def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -
     lines += [_pass_line("decode", "", final, cost), _pass_line("all", "", total, cost)]
     cells = " x ".join(map(str, plan.grid_shape))
     speed, source = assumed_speed(config, model, config.ray.replicas or 1, device)
+    canvas = f"{_size(canvas_nbytes({n.name: (n.height, n.width) for n in plan.levels}))} canvas"
+    elsewhere = "" if config.canvas.store is None else f" in {config.canvas.store} (half as much again after a resume)"
     grown = min(MAX_CELLS, plan.levels[0].factor)
     lines += [
         f"conditions      {cells} cells of {model.ssl_dim} ({model.encoder}); up to {grown} x {grown} a tile",
         f"guidance        {config.guidance.method}",
         f"replica         {_size(cost.weights_nbytes)} weights + about {_size(cost.activations_nbytes)} activations "
         f"({config.model.dtype}, batch {config.sampling.batch_size}), without the libraries' own",
-        f"disk            {_size(canvas_nbytes({n.name: (n.height, n.width) for n in plan.levels}))} canvas + at most "
-        f"{_size(export_nbytes(plan, config))} exports",
+        f"disk            {canvas}{elsewhere} + at most {_size(export_nbytes(plan, config))} exports",
         f"time            about {_duration(total.flop(cost) / speed / 1e12)}, {source}",
     ]
     return "\n".join(lines)

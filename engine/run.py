@@ -17,7 +17,7 @@ import yaml
 
 from engine import __version__, outputs
 from engine.canvas import Canvas
-from engine.conditions import Conditions, find_conditions, keep_conditions
+from engine.conditions import STORED, Conditions, find_conditions, keep_conditions
 from engine.config import RunConfig
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
 from engine.exports.png import check_png
@@ -30,10 +30,12 @@ from engine.predict import DenoiseTiles, LocalDenoiser
 from engine.progress import Clock, Onlooker, Progress, TimedDenoiser
 from engine.sampler import Sampling, keyed_noise, sample_large
 from engine.state import write_atomically
+from engine.storage import open_storage
 from engine.tiles import Plan, make_plan
 
-_WHERE = ("model.source", "model.variant", "model.device", "reference", "embeddings")
+_WHERE = ("model.source", "model.variant", "model.device", "canvas.store", "reference", "embeddings")
 """Keys that say where something lies; what lies there counts instead (weights, conditions, device)."""
+ENVIRONMENT = "environment.json"
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
     clock = Clock()
     # The coordinator's own arithmetic (guidance) is part of the picture's bytes, wherever replicas compute.
     torch.set_num_threads(job.config.model.threads)
+    store = job.config.canvas.store
+    storage = None if store is None else open_storage(store)
+    if storage is not None:
+        storage.check()  # before minutes are spent on a model
     with clock.phase("model"):
         model = load_model(job.config)
     with clock.phase("conditions"):
@@ -92,7 +98,7 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
             job.config, job.model, model.extras, job.plan, encoder_device(job.config), progress.say
         )
     levels = {level.name: (level.height, level.width) for level in job.plan.levels}
-    with Canvas.open(job.folder, picture_keys(job.config, model, conditions), levels) as canvas:
+    with Canvas.open(job.folder, picture_keys(job.config, model, conditions), levels, storage) as canvas:
         missing = outputs.missing(job.folder, job.config, job.plan)
         if canvas.progress.finished and not missing:
             progress.say(f"{job.folder} holds this run, finished; nothing is missing.")
@@ -101,7 +107,8 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
         if outputs.IMAGE in missing:
             canvas.record(decoded_px=0, finished=False)
         write_config(job)
-        keep_conditions(job.folder, conditions)
+        with canvas.shared(STORED):
+            keep_conditions(job.folder, conditions)
         facts: dict[str, object] = {}
         if not canvas.progress.finished or outputs.needs_network(missing):
             facts = _compute(job, model, conditions.grid, canvas, engage, progress, clock)
@@ -149,7 +156,8 @@ def _compute(
         with clock.phase("start"):
             crew = stack.enter_context(engage(model, job.config))
         stack.callback(progress.close)
-        check_environment(job.folder, crew.device)
+        with canvas.shared(ENVIRONMENT):
+            check_environment(job.folder, crew.device)
         progress.replicas, progress.onlooker = crew.alive, crew.onlooker
         timed = TimedDenoiser(crew.denoiser)
         with clock.phase("guidance"):
@@ -191,7 +199,8 @@ def _sampling(
     if method in ("linear", "probe") and f"guidance/{method}" not in maps and any(p.guided for p in job.plan.passes):
         progress.say(f"fitting the {method} guidance: the checkpoint carries no map")
         path = job.folder / f"guidance_{method}.safetensors"
-        maps |= stored_or_fitted(path, method, grid, denoiser, config.sampling.weight, config.sampling.batch_size)
+        with canvas.shared(path.name):
+            maps |= stored_or_fitted(path, method, grid, denoiser, config.sampling.weight, config.sampling.batch_size)
     guided = any(p.guided for p in job.plan.passes)
     return Sampling(
         plan=job.plan,
@@ -211,7 +220,7 @@ def check_environment(folder: Path, device: str) -> None:
 
     Raises: CanvasMismatchError naming what differs.
     """
-    path = folder / "environment.json"
+    path = folder / ENVIRONMENT
     now = {"device": device, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
     if not path.exists():
         write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())

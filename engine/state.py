@@ -1,28 +1,23 @@
-"""What a run knows about itself on disk: state.json, its lock, and writes that survive a power cut.
+"""What a run knows about itself on disk: state.json, and writes that survive a power cut.
 
-A file written here is either the old one or the whole new one. It knows nothing of arrays, levels or pixels.
+A file written here is either the old one or the whole new one. It knows nothing of arrays, levels, pixels or buckets.
 Pattern: write a temporary file, fsync it, rename it over the old one, fsync the folder.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import IO
 
 from engine.errors import CanvasError, CanvasMismatchError
 
 STATE_VERSION = 1
 """Raise it when what lies in a run folder changes its meaning."""
-_OURS = frozenset({"run.lock", "canvas.zarr", "config.yaml", "state.json.partial"})
-"""What a run that died before its first state.json may have left."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -51,6 +46,10 @@ class RunState:
     buffers: dict[str, int | None]
     """Level → which of its two arrays is committed; None = neither yet."""
     commits: int = 0
+    writer: int = 0
+    """Which opening of the run wrote this; counted in object storage only."""
+    store: str | None = None
+    """Where the latents and their own state lie, when that is not the folder of this file."""
 
     @property
     def digest(self) -> str:
@@ -74,25 +73,38 @@ def _sha256(value: object) -> str:
 def load_state(path: Path) -> RunState:
     """Read state.json. Raises CanvasError when it is garbled, edited or of another version of the engine."""
     try:
-        record = json.loads(path.read_bytes())
-        version = record["version"]
+        data = path.read_bytes()
     except OSError as error:
         raise disk_error(error, f"{path} cannot be read") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise _garbled(path, f"it is not the JSON object this engine writes ({error})") from error
-    if version != STATE_VERSION:
-        raise CanvasError(
-            f"{path} must be of version {STATE_VERSION}; got {version!r}, written by another release of the "
-            "engine. Continue with that release, or use another output.folder."
-        )
-    if record.pop("checksum", None) != _sha256(record):
-        raise _garbled(path, "its checksum does not match its content")
-    progress = Progress(**{f.name: record[f.name] for f in fields(Progress)})
-    return RunState(record["keys"], progress, record["buffers"], record["commits"])
+    return decode_state(data, str(path))
 
 
 def save_state(path: Path, state: RunState) -> None:
     """Replace state.json. When this returns, the new state survives a power cut. Raises CanvasError."""
+    write_atomically(path, encode_state(state))
+
+
+def decode_state(data: bytes, name: str) -> RunState:
+    """Read the content of a state.json, `name` in messages. Raises CanvasError as `load_state` does."""
+    try:
+        record = json.loads(data)
+        version = record["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _garbled(name, f"it is not the JSON object this engine writes ({error})") from error
+    if version != STATE_VERSION:
+        raise CanvasError(
+            f"{name} must be of version {STATE_VERSION}; got {version!r}, written by another release of the "
+            "engine. Continue with that release, or use another output.folder."
+        )
+    if record.pop("checksum", None) != _sha256(record):
+        raise _garbled(name, "its checksum does not match its content")
+    progress = Progress(**{f.name: record[f.name] for f in fields(Progress)})
+    where = {name: record[name] for name in ("writer", "store") if name in record}
+    return RunState(record["keys"], progress, record["buffers"], record["commits"], **where)
+
+
+def encode_state(state: RunState) -> bytes:
+    """Return the content of state.json."""
     record: dict[str, object] = {
         "version": STATE_VERSION,
         "digest": state.digest,
@@ -101,37 +113,20 @@ def save_state(path: Path, state: RunState) -> None:
         "buffers": state.buffers,
         "keys": state.keys,
     }
+    record |= {"writer": state.writer} if state.writer else {}
+    record |= {"store": state.store} if state.store else {}
     record["checksum"] = _sha256(record)
-    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    return (json.dumps(record, indent=1, allow_nan=False) + "\n").encode()
 
 
-def _garbled(path: Path, why: str) -> CanvasError:
+def _garbled(name: str, why: str) -> CanvasError:
     return CanvasError(
-        f"{path} must say which step is committed; {why}. Restore it from a backup; without it the latents "
-        f"cannot be used: remove {path.parent} or use another output.folder to start again."
+        f"{name} must say which step is committed; {why}. Restore it from a backup; without it the latents "
+        f"cannot be used: remove {name.removesuffix('/state.json')} or use another output.folder to start again."
     )
 
 
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that is neither empty nor a run's, touching nothing. Raises CanvasError, OSError."""
-    if (folder / "state.json").exists():
-        load_state(folder / "state.json")
-        return
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in _OURS) if folder.exists() else []
-    if foreign or ((folder / "canvas.zarr").exists() and not (folder / "run.lock").exists()):
-        raise CanvasError(
-            f"{folder} must be empty or hold a run (state.json); it holds "
-            f"{', '.join(foreign[:3]) or 'a foreign canvas.zarr'}. Use another output.folder."
-        )
-    chunk = next((p for p in (folder / "canvas.zarr").rglob("c/*/*/*") if p.is_file()), None)
-    if chunk is not None:
-        raise CanvasError(
-            f"{folder} must have a state.json, which says how far {chunk.relative_to(folder)} and the others are. "
-            "Restore it, or remove the folder and run again."
-        )
-
-
-def check_keys(folder: Path, old: dict[str, object], new: dict[str, object]) -> None:
+def check_keys(where: Path | str, old: dict[str, object], new: dict[str, object]) -> None:
     """Refuse to continue a run with other keys. Raises CanvasMismatchError naming each, old and new."""
 
     def show(keys: dict[str, object], key: str) -> str:
@@ -141,7 +136,7 @@ def check_keys(folder: Path, old: dict[str, object], new: dict[str, object]) -> 
     if differing:
         lines = "; ".join(f"{k} was {show(old, k)}, now {show(new, k)}" for k in differing)
         raise CanvasMismatchError(
-            f"{folder} holds a run of another plan: {lines}. Use the old values to continue it, or another "
+            f"{where} holds a run of another plan: {lines}. Use the old values to continue it, or another "
             "output.folder."
         )
 
@@ -259,37 +254,3 @@ def disk_error(error: OSError, what: str, folder: Path | None = None, needed: in
     if error.errno in _READ_ONLY:
         return CanvasError(f"{what}: no permission to write ({error.strerror}). Allow it, or change output.folder.")
     return CanvasError(f"{what}: {error.strerror or error}. Check the disk, then repeat the command to continue.")
-
-
-class RunLock:
-    """One process per run folder. The lock dies with its process, so a leftover file does not block."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: IO[str] | None = None
-        try:
-            file = path.open("a+")
-        except OSError as error:
-            raise disk_error(error, f"{path} cannot be written") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
-            raise CanvasError(
-                f"{path.parent} must belong to one run at a time; it is in use by {owner}. Wait for that "
-                "run, stop it, or use another output.folder."
-            ) from error
-        except OSError as error:
-            file.close()
-            raise disk_error(error, f"{path} cannot be locked") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
-
-    def release(self) -> None:
-        """Let another run in; harmless when repeated."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None

@@ -111,6 +111,9 @@ def test_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], flag
         (("--sampling.tile_stride", "80"), "1..64"),
         (("--reference", "a.png", "--embeddings", "b.npy"), "exclude each other"),
         (("--canvas", "512"), "--canvas.height"),
+        (("--canvas.store", "/data/canvas"), "canvas.store must begin with one of s3://, gs://, az://, file://"),
+        (("--canvas.store", "s3:///run"), "canvas.store must be scheme://bucket/prefix"),
+        (("--canvas.store", "file://data/run"), "file:///absolute/folder"),
         (("512",), "unrecognized"),
         (("--config", "nowhere.yaml"), "nowhere.yaml is neither here"),
         (("--config",), "--config"),
@@ -118,6 +121,13 @@ def test_unknown_flag_names_the_nearest(capsys: pytest.CaptureFixture[str], flag
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], says: str) -> None:
     assert says in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("url", ["s3://me:hunter2@bucket/run", "s3://b/run?sig=hunter2", "az://c/run#hunter2"])
+def test_a_credential_in_the_store_is_refused_and_not_repeated(capsys: pytest.CaptureFixture[str], url: str) -> None:
+    message = refused(capsys, "--canvas.store", url)
+    assert "credentials into the environment" in message
+    assert "hunter2" not in message
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_launcher_files_bring_and_install_the_project(name: str) -> None:
     assert installs
     for command in installs + [c for c in config.get("head_setup_commands", []) if "pip install" in c]:
         assert "--constraint constraints.txt" in command
-    assert any("'.[cluster]'" in command for command in installs)
+    assert any("'.[cluster,cloud]'" in command for command in installs)
     assert any("RAY_ADDRESS=auto" in command for command in config["setup_commands"])
 
 
@@ -195,7 +195,7 @@ def test_image_installs_the_pins_and_runs_as_nobody_special() -> None:
     installs = [" ".join(words) for name, words in found if name == "RUN" and "pip install" in " ".join(words)]
     assert len(installs) == 1
     assert "--constraint constraints.txt" in installs[0]
-    assert "'.[cluster]'" in installs[0]
+    assert "'.[cluster,cloud]'" in installs[0]
     order = [" ".join(words) for name, words in found if name in ("COPY", "RUN")]
     assert order.index(installs[0]) > next(
         i for i, words in enumerate(order) if "constraints.txt ./" in words or "./" in words

@@ -1,0 +1,264 @@
+"""Where the latents of a run and its state lie: the contract `Storage`, and a folder as one.
+
+What state.json names is whole in every storage, whatever interrupts; how that is done is the storage's own matter. It
+does not know what latents mean or which rows are written when.
+Facts: zarr 3 renames each chunk into place without fsync.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Protocol
+from urllib.parse import unquote, urlsplit
+
+from zarr.abc.store import Store
+from zarr.storage import LocalStore
+
+from engine.errors import CanvasError, EngineError
+from engine.latents import Size, canvas_nbytes, create_arrays
+from engine.state import (
+    Progress,
+    RunState,
+    check_keys,
+    disk_error,
+    fsync,
+    fsync_tree,
+    load_state,
+    remove,
+    save_state,
+    write_atomically,
+)
+
+_OURS = frozenset({"run.lock", "canvas.zarr", "config.yaml", "state.json.partial"})
+"""What a run that died before its first state.json may have left."""
+
+
+class Storage(Protocol):
+    """The place of one run. All raise CanvasError, in words for the user, when the place is not as it must be."""
+
+    @property
+    def where(self) -> str:
+        """The folder or URL, for messages."""
+        ...
+
+    @property
+    def url(self) -> str:
+        """What `open_storage` takes."""
+        ...
+
+    @property
+    def arrays(self) -> Store:
+        """canvas.zarr."""
+        ...
+
+    @property
+    def unreachable(self) -> tuple[type[Exception], ...]:
+        """What `arrays` raises, beside OSError, when it does not answer; `failed` puts it into words."""
+        ...
+
+    def check(self) -> None:
+        """Refuse a place that is neither empty nor a run's, touching nothing."""
+        ...
+
+    def lock(self) -> None:
+        """Keep other runs out, or be refused."""
+        ...
+
+    def unlock(self) -> None:
+        """Let another run in; harmless when repeated."""
+        ...
+
+    def hold(self) -> None:
+        """Raise if the lock was lost to another run."""
+        ...
+
+    def load(self) -> RunState | None:
+        """Return the state; None before the first."""
+        ...
+
+    def begin(self, keys: dict[str, object], levels: dict[str, Size]) -> RunState:
+        """Create the run, or continue it; needs the lock. The buffers 2w and 2w+1 of its writer w are there then."""
+        ...
+
+    def sync(self, arrays: Iterable[str]) -> None:
+        """Make what was written to these arrays survive a power cut."""
+        ...
+
+    def save(self, state: RunState) -> None:
+        """Replace the state, durably and whole."""
+        ...
+
+    def record(self, name: str) -> bytes | None:
+        """Return a file that a resume must not compute anew, if it is kept here."""
+        ...
+
+    def keep(self, name: str, data: bytes) -> None:
+        """Keep such a file; the first of a name stands."""
+        ...
+
+    def failed(self, error: Exception, what: str, needed: int | None = None) -> CanvasError:
+        """Say what an error of `arrays` means and what to do; `needed` is in bytes."""
+        ...
+
+
+def open_storage(url: str) -> Storage:
+    """Return the storage behind a canvas.store URL; nothing is asked of it yet. Raises EngineError."""
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        return FolderStorage(Path(unquote(parts.path)), "canvas.store")
+    try:
+        from engine.object_storage import ObjectStorage  # an extra: most runs need no cloud library
+    except ModuleNotFoundError as error:
+        raise EngineError(
+            f"canvas.store={url} needs the package obstore; {error}. Install it with pip install -c constraints.txt -e "
+            "'.[cloud]', or use a folder (file:///…)."
+        ) from error
+    return ObjectStorage.connect(url)
+
+
+class FolderStorage:
+    """A folder, on a disk of this machine or on a shared file system."""
+
+    unreachable: tuple[type[Exception], ...] = ()
+
+    def __init__(self, folder: Path, key: str = "output.folder") -> None:
+        """`key` names the folder's place in the configuration, for messages."""
+        self._folder = folder
+        self._key = key
+        self._file: IO[str] | None = None
+
+    @property
+    def where(self) -> str:
+        return str(self._folder)
+
+    @property
+    def url(self) -> str:
+        return self._folder.resolve().as_uri()
+
+    @property
+    def arrays(self) -> Store:
+        return LocalStore(self._folder / "canvas.zarr")
+
+    def check(self) -> None:
+        folder = self._folder
+        try:
+            if (folder / "state.json").exists():
+                load_state(folder / "state.json")
+                return
+            foreign = sorted(p.name for p in folder.iterdir() if p.name not in _OURS) if folder.exists() else []
+        except OSError as error:
+            raise disk_error(error, f"{folder} cannot be used as {self._key}") from error
+        if foreign or ((folder / "canvas.zarr").exists() and not (folder / "run.lock").exists()):
+            raise CanvasError(
+                f"{folder} must be empty or hold a run (state.json); it holds "
+                f"{', '.join(foreign[:3]) or 'a foreign canvas.zarr'}. Use another {self._key}."
+            )
+        chunk = next((p for p in (folder / "canvas.zarr").rglob("c/*/*/*") if p.is_file()), None)
+        if chunk is not None:
+            raise CanvasError(
+                f"{folder} must have a state.json, which says how far {chunk.relative_to(folder)} and the others are. "
+                "Restore it, or remove the folder and run again."
+            )
+
+    def lock(self) -> None:
+        """Lock the folder; the lock dies with its process, so a leftover file does not block."""
+        path = self._folder / "run.lock"
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, f"{self._folder} cannot be used as {self._key}") from error
+        try:
+            file = path.open("a+")
+        except OSError as error:
+            raise disk_error(error, f"{path} cannot be written") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise CanvasError(
+                f"{self._folder} must belong to one run at a time; it is in use by {owner}. Wait for that "
+                f"run, stop it, or use another {self._key}."
+            ) from error
+        except OSError as error:
+            file.close()
+            raise disk_error(error, f"{path} cannot be locked") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        self._file = file
+
+    def unlock(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def hold(self) -> None:
+        """A kernel does not take a lock away."""
+
+    def load(self) -> RunState | None:
+        path = self._folder / "state.json"
+        return load_state(path) if path.exists() else None
+
+    def begin(self, keys: dict[str, object], levels: dict[str, Size]) -> RunState:
+        try:
+            state = self.load()
+            if state is None:
+                return self._create(keys, levels)
+            check_keys(self._folder, state.keys, keys)
+            # What writers killed in the middle left behind; a chunk counts from its rename on.
+            for partial in [*(self._folder / "canvas.zarr").rglob("*.partial"), *self._folder.glob("*.partial")]:
+                remove(partial)
+        except OSError as error:
+            raise self.failed(error, f"{self._folder} cannot be used", canvas_nbytes(levels)) from error
+        return state
+
+    def _create(self, keys: dict[str, object], levels: dict[str, Size]) -> RunState:
+        """Make all arrays before anyone writes, then state.json, which makes the folder a run."""
+        self.check()  # again: only under the lock can no other run change it
+        needed, free = canvas_nbytes(levels), shutil.disk_usage(self._folder).free
+        if free < needed:
+            raise CanvasError(
+                f"{self._folder} must have room for the latents, {needed / 2**20:,.0f} MiB; {free / 2**20:,.0f} MiB "
+                f"are free. Free some space, choose another {self._key} or a smaller canvas."
+            )
+        create_arrays(self.arrays, levels, (0, 1), "w")
+        fsync_tree(self._folder / "canvas.zarr")
+        state = RunState(keys, Progress(), dict.fromkeys(levels))
+        self.save(state)
+        fsync(self._folder.parent)
+        return state
+
+    def sync(self, arrays: Iterable[str]) -> None:
+        try:
+            for path in arrays:
+                fsync_tree(self._folder / "canvas.zarr" / path)
+        except OSError as error:
+            raise self.failed(error, f"{self._folder / 'canvas.zarr'} cannot be written") from error
+
+    def save(self, state: RunState) -> None:
+        save_state(self._folder / "state.json", state)
+
+    def record(self, name: str) -> bytes | None:
+        path = self._folder / "records" / name
+        try:
+            return path.read_bytes() if path.exists() else None
+        except OSError as error:
+            raise disk_error(error, f"{path} cannot be read") from error
+
+    def keep(self, name: str, data: bytes) -> None:
+        path = self._folder / "records" / name
+        if not path.exists():
+            try:
+                path.parent.mkdir(exist_ok=True)
+            except OSError as error:
+                raise disk_error(error, f"{path} cannot be written") from error
+            write_atomically(path, data)
+
+    def failed(self, error: Exception, what: str, needed: int | None = None) -> CanvasError:
+        assert isinstance(error, OSError)  # nothing else is unreachable here
+        return disk_error(error, what, self._folder, needed)
