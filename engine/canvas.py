@@ -10,14 +10,14 @@ from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import zarr
-import zarr.errors
 from zarr.codecs import BytesCodec, Crc32cCodec
 from zarr.storage import LocalStore
 
+from engine.buffers import BAND, check_marks, mark, open_array
 from engine.errors import CanvasError
 from engine.magnification import LATENT_CHANNELS
 from engine.state import (
@@ -34,11 +34,10 @@ from engine.state import (
     remove,
     save_state,
 )
+from engine.writers import ChunkWriters
 
 __all__ = ["BAND", "Canvas", "Progress", "canvas_nbytes"]
 
-BAND = 256
-"""Rows and columns of a chunk in latent px: the unit of writing."""
 _CRC_NBYTES = 4
 Size = tuple[int, int]
 
@@ -52,7 +51,9 @@ def canvas_nbytes(levels: dict[str, Size]) -> int:
 class Canvas:
     """The latents of one run. Steps read the committed buffers and write the others; `commit` swaps them."""
 
-    def __init__(self, folder: Path, lock: RunLock, state: RunState, levels: dict[str, Size]) -> None:
+    def __init__(
+        self, folder: Path, lock: RunLock, state: RunState, levels: dict[str, Size], record_writers: bool
+    ) -> None:
         """Use `Canvas.open`."""
         self.folder = folder
         self.levels = dict(levels)
@@ -61,12 +62,15 @@ class Canvas:
         self._state = state
         self._arrays = {(n, i): open_array(folder, n, i, s) for n, s in levels.items() for i in (0, 1)}
         self._written: dict[str, set[int]] = {}
+        self._writers = ChunkWriters(folder, state.commits) if record_writers else None
+        check_marks(self._arrays, state, folder / "state.json")
 
     @classmethod
-    def open(cls, folder: Path, keys: dict[str, object], levels: dict[str, Size]) -> Self:
+    def open(cls, folder: Path, keys: dict[str, object], levels: dict[str, Size], record_writers: bool = False) -> Self:
         """Create the run in this folder, or continue the one that lies there. Close it after use.
 
-        `keys` decide the picture's bytes, flat and JSON-able; `levels` are (h, w) in latent px.
+        `keys` decide the picture's bytes, flat and JSON-able; `levels` are (h, w) in latent px. `record_writers` is
+        for debugging (`engine.writers`).
         Raises: CanvasMismatchError if another plan lives there, naming the keys; CanvasError if the folder is
         foreign, in use, damaged, not writable or too small.
         """
@@ -86,7 +90,7 @@ class Canvas:
                     _sweep(folder)
                 else:
                     state = _create(folder, keys, levels)
-                canvas = cls(folder, lock, state, levels)
+                canvas = cls(folder, lock, state, levels, record_writers)
             except OSError as error:
                 raise disk_error(error, f"{folder} cannot be used", folder, canvas_nbytes(levels)) from error
             on_error.pop_all()
@@ -129,11 +133,7 @@ class Canvas:
         array = self._arrays[level, buffer]
         try:
             rows = np.asarray(array[:, y0:y1])
-        except (
-            ValueError,
-            RuntimeError,
-            OSError,
-        ) as error:  # what zarr raises on a truncated or changed chunk
+        except (ValueError, RuntimeError, OSError) as error:  # what zarr raises on a truncated or changed chunk
             raise self._damaged(array, y0, y1) from error
         if np.isnan(rows).any():
             raise self._damaged(array, y0, y1)
@@ -159,7 +159,11 @@ class Canvas:
                 "returned NaN or infinity. Use model.dtype=float32 or bfloat16, or check the checkpoint."
             )
         array = self._arrays[level, self._other(level)]
+        if self._writers is not None:
+            self._writers.claim(self._state.commits + 1, array.path, y0 // BAND, -(-width // BAND))
         try:
+            if level not in self._written:
+                mark(array, None)
             array[:, y0 : y0 + wanted[1]] = rows
         except OSError as error:
             raise self._full(error, f"{array.path}, rows {y0}..{y0 + wanted[1]}, cannot be written") from error
@@ -185,6 +189,7 @@ class Canvas:
         buffers = self._state.buffers | {level: self._other(level) for level in chosen}
         try:
             for level in chosen:
+                mark(self._arrays[level, self._other(level)], self._state.commits + 1)
                 fsync_tree(self.folder / "canvas.zarr" / level / f"latent_{self._other(level)}")
         except OSError as error:
             raise self._full(error, f"{self.folder / 'canvas.zarr'} cannot be written") from error
@@ -272,25 +277,6 @@ def _create(folder: Path, keys: dict[str, object], levels: dict[str, Size]) -> R
     save_state(folder / "state.json", state)
     fsync(folder.parent)
     return state
-
-
-def open_array(folder: Path, name: str, buffer: int, size: Size, mode: Literal["r", "r+"] = "r+") -> Any:
-    """Open one buffer of a level of a run; `size` is (h, w) in latent px. Raises CanvasError unless it is as made."""
-    path = f"{name}/latent_{buffer}"
-    try:
-        array = zarr.open_array(LocalStore(folder / "canvas.zarr"), path=path, mode=mode)
-    except (OSError, ValueError, KeyError, TypeError, zarr.errors.BaseZarrError) as error:
-        raise CanvasError(
-            f"{folder / 'canvas.zarr'}: array {path} must be there; it cannot be opened ({error}). Restore "
-            f"{path}/zarr.json from a backup, or remove {folder} and run again."
-        ) from error
-    wanted = ((LATENT_CHANNELS, *size), (LATENT_CHANNELS, BAND, BAND), np.dtype("float32"))
-    if (array.shape, array.chunks, array.dtype) != wanted or not np.isnan(array.fill_value):
-        raise CanvasError(
-            f"{folder / 'canvas.zarr'}: array {path} must be {wanted}; got {array.dtype} {array.shape} in "
-            f"chunks {array.chunks}. Restore {path}/zarr.json from a backup, or remove {folder} and run again."
-        )
-    return array
 
 
 def _sweep(folder: Path) -> None:

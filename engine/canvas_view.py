@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.canvas import open_array
+from engine.buffers import open_array
 from engine.errors import CanvasError
 from engine.state import load_state
 
