@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RaySystemError
 
 from actors.environment import silence_of
 from engine.config import RayConfig
@@ -79,6 +79,18 @@ def _await_head() -> None:
                 "finished step is kept: start a cluster, or let a private Ray start, and repeat the same command."
             )
         time.sleep(min(1.0, patience_s / 10))
+
+
+@contextmanager
+def loss_named() -> Iterator[None]:
+    """Turn what Ray's core raises when this process has lost its node or its connection into ClusterError."""
+    try:
+        yield
+    except (OSError, RaySystemError) as error:
+        raise ClusterError(
+            f"The Ray node of this process must stay up for the whole run; it is gone ({error}). Every finished step "
+            "is kept: start a cluster, or let a private Ray start, and repeat the same command."
+        ) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from actors.cluster import node_resources
+from actors.cluster import loss_named, node_resources
 from actors.denoiser import Answer, ReplicaInfo, pack_model
 from actors.replica import LOST, Replica, choose_seat
 from actors.work import PoolStats, PoolWatch, Run, Work, fault_of, first_line, nbytes, own_copy
@@ -107,7 +107,8 @@ class DenoiserPool:
         """Wait until `count` replicas are ready. Raises ClusterError after `start_timeout_s`."""
         until = time.monotonic() + self.config.start_timeout_s
         while len(self.replicas) < count:
-            self._advance()
+            with loss_named():
+                self._advance()
             if time.monotonic() > until:
                 raise ClusterError(f"{count} replicas must be ready; {len(self.replicas)} are. {self._shortage()}")
 
@@ -133,7 +134,8 @@ class DenoiserPool:
                 elif run.finished:
                     return
                 else:
-                    self._advance()
+                    with loss_named():
+                        self._advance()
         finally:
             run.closed = True
 

@@ -1,0 +1,48 @@
+"""What all fault tests share: the inputs, the undisturbed run, and the ledger of trials."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import launcher
+import pytest
+from ledger import Ledger
+from scene import Scene, bytes_of_run, make_inputs
+
+LEDGER = Ledger()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults-record", help="write what was tried and lost to this JSON file")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test here is up to five whole runs: a busy machine needs longer for it than for the others."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.timeout(1800))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--faults-record", default=None)
+    if path and LEDGER.trials:
+        LEDGER.save(Path(path), whole="not faults" not in session.config.option.markexpr)
+
+
+@pytest.fixture(scope="session")
+def ledger() -> Iterator[Ledger]:
+    return LEDGER
+
+
+@pytest.fixture(scope="session")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """The undisturbed run."""
+    folder = tmp_path_factory.mktemp("scene")
+    flags = make_inputs(folder)
+    bare = Scene(flags, {}, {}, 0)
+    start = time.monotonic()
+    code, said = launcher.run(bare.argv(folder / "run"), folder / "log", counts=folder / "counts.json")
+    assert code == 0, said
+    counts = json.loads((folder / "counts.json").read_text())
+    return Scene(flags, bytes_of_run(folder / "run"), counts, time.monotonic() - start)
