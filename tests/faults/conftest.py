@@ -1,14 +1,13 @@
 """What all fault tests share: the inputs, the undisturbed run, and the ledger of trials."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import launcher
 import pytest
 from ledger import Ledger
-from scene import Scene, bytes_of_run, make_inputs
+from scene import LONG_RUN, Scene, bytes_of_run, make_inputs
 
 LEDGER = Ledger()
 
@@ -41,8 +40,17 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     folder = tmp_path_factory.mktemp("scene")
     flags = make_inputs(folder)
     bare = Scene(flags, {}, {}, 0)
-    start = time.monotonic()
     code, said = launcher.run(bare.argv(folder / "run"), folder / "log", counts=folder / "counts.json")
     assert code == 0, said
     counts = json.loads((folder / "counts.json").read_text())
-    return Scene(flags, bytes_of_run(folder / "run"), counts, time.monotonic() - start)
+    return Scene(flags, bytes_of_run(folder / "run"), counts["calls"], counts["seconds"])
+
+
+@pytest.fixture(scope="session")
+def long_scene(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Scene:
+    """The undisturbed run in 50 steps."""
+    folder = tmp_path_factory.mktemp("long")
+    flags = [*scene.flags, LONG_RUN]
+    code, said = launcher.run(Scene(flags, {}, {}, 0).argv(folder / "run"), folder / "log")
+    assert code == 0, said
+    return Scene(flags, bytes_of_run(folder / "run"), {}, 0)

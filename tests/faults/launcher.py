@@ -19,7 +19,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
-Act = Literal["kill", "kill after", "fill", "limit", "sleep"]
+Act = Literal["kill", "kill after", "term", "fill", "limit", "sleep"]
 COUNTED = ("os:fsync", "os:replace", "engine.image:Image.read", "engine.canvas:Canvas.commit")
 """Functions whose calls an undisturbed run counts, so that instants can be drawn from all of them."""
 _SERVER = multiprocessing.get_context("forkserver")
@@ -30,7 +30,7 @@ _SERVER.set_forkserver_preload(["generate_large", "engine.run"])
 class Fault:
     """What happens at the n-th call (from 1) of a function.
 
-    kill: SIGKILL before it; "kill after": SIGKILL when it has returned; fill: the disk of `folder` is filled up; limit:
+    kill: SIGKILL before it; "kill after": SIGKILL when it has returned; term: SIGTERM before it; fill: the disk of `folder` is filled up; limit:
     no file may grow beyond 20 kB; sleep: the process stays there.
     """
 
@@ -87,9 +87,11 @@ def _run(argv: list[str], log: str, fault: Fault | None, counts: str | None) -> 
         for name in COUNTED:
             found[name] = itertools.count()
             _wrap(name, _counting(found[name]))
+    start = time.monotonic()
     code = generate_large.main(argv)
     if counts is not None:
-        Path(counts).write_text(json.dumps({name: next(count) for name, count in found.items()}))
+        record = {name: next(count) for name, count in found.items()}
+        Path(counts).write_text(json.dumps({"calls": record, "seconds": time.monotonic() - start}))
     sys.exit(code)
 
 
@@ -136,6 +138,8 @@ def _strike(fault: Fault) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 def _act(fault: Fault) -> None:
     if fault.act.startswith("kill"):
         os.kill(os.getpid(), signal.SIGKILL)
+    elif fault.act == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
     elif fault.act == "fill":
         fill(Path(fault.folder))
     elif fault.act == "limit":

@@ -13,9 +13,13 @@ from engine.canvas_view import CanvasView
 from engine.model.colour import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
 
+LONG_RUN = "--sampling.stride=20"
+"""Makes the same picture in 50 steps, for faults that need time to show."""
 LEFT_OUT = ("report.json", "config.yaml", "state.json", "run.lock", "canvas.zarr", "writers")
 """Times and places; the canvas is compared by its committed latents."""
 SETTINGS = {
+    "model.device": "cpu",
+    "model.threads": "1",
     "canvas.height": "520",
     "canvas.width": "256",
     "sampling.stride": "500",
@@ -68,6 +72,7 @@ class Scene:
     counts: dict[str, int]
     """How often it called the functions in launcher.COUNTED."""
     seconds: float
+    """How long it took, in its process."""
 
     def argv(self, folder: Path, *more: str) -> list[str]:
         """Return the command line of the run in `folder`, whose last name goes into the picture's metadata."""

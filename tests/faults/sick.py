@@ -16,8 +16,8 @@ from engine.predict import TileBatch
 Sickness = Literal["killed", "hangs", "NaN", "wrong shape", "another batch's answer", "out of memory"]
 
 
-def sick_actor(sickness: Sickness, tokens: Path, times: int) -> type[DenoiserActor]:
-    """Return a replica's class whose second calls fail, `times` times in all; each failure takes a token file."""
+def sick_actor(sickness: Sickness, tokens: Path, times: int, every: int = 2) -> type[DenoiserActor]:
+    """Return a replica's class of which every second call fails, `times` times in all; a failure takes a token file."""
     tokens.mkdir()
     for number in range(times):
         (tokens / str(number)).touch()
@@ -38,7 +38,7 @@ def sick_actor(sickness: Sickness, tokens: Path, times: int) -> type[DenoiserAct
 
         def denoise(self, batch: TileBatch, float32: bool = False) -> Answer:
             self.calls += 1
-            if self.calls % 2 or (sickness != "out of memory" and not due()):
+            if self.calls % every or (sickness != "out of memory" and not due()):
                 return super().denoise(batch, float32)
             if sickness == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)

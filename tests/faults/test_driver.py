@@ -88,22 +88,24 @@ def test_sigkill_again_and_again(scene: Scene, ledger: Ledger, tmp_path: Path) -
         trial.outcome = f"done at start {kills + 1}"
 
 
-@pytest.mark.parametrize("at_commit", [1, pytest.param(3, marks=LONG), pytest.param(0, marks=LONG)])
-def test_sigterm_says_how_to_resume(scene: Scene, ledger: Ledger, tmp_path: Path, at_commit: int) -> None:
-    """At a commit, and (0) at once, while the model is read."""
+@pytest.mark.parametrize(
+    ("when", "at", "call"),
+    [
+        ("inside a step", "engine.canvas:Canvas.write", 4),
+        pytest.param("while the model is read", "engine.run:load_model", 1, marks=LONG),
+        pytest.param("inside a commit", "os:fsync", 60, marks=LONG),
+        pytest.param("inside an export", "engine.exports.formats:write_dzi", 1, marks=LONG),
+    ],
+)
+def test_sigterm_says_how_to_resume(
+    scene: Scene, ledger: Ledger, tmp_path: Path, when: str, at: str, call: int
+) -> None:
     folder = tmp_path / "run"
-    with ledger.trial("driver", "SIGTERM") as trial:
-        started = Started(scene.argv(folder), tmp_path / "log")
-        while started.running and not (commits(folder) >= at_commit and (tmp_path / "log").exists()):
-            time.sleep(0.005)
-        time.sleep(0.3 * (not at_commit))
-        before = commits(folder)
-        started.send(signal.SIGTERM)
-        code, said = started.end()
+    with ledger.trial("driver", f"SIGTERM {when}") as trial:
+        code, said = run(scene.argv(folder), tmp_path / "log", Fault(at, call, "term"))
         assert code == 143, said
         assert "run the same command again to continue" in said
         assert "Traceback" not in said
-        assert commits(folder) >= before
         scene.assert_resumes(folder, tmp_path / "log")
         trial.outcome = "exit code 143, says how to resume; resumed"
 
