@@ -30,8 +30,8 @@ _SERVER.set_forkserver_preload(["generate_large", "engine.run"])
 class Fault:
     """What happens at the n-th call (from 1) of a function.
 
-    kill: SIGKILL before it; "kill after": SIGKILL when it has returned; term: SIGTERM before it; fill: the disk of `folder` is filled up; limit:
-    no file may grow beyond 20 kB; sleep: the process stays there.
+    kill: SIGKILL before it; "kill after": SIGKILL when it has returned; term: SIGTERM before it; fill: the disk of
+    `folder` is filled up; limit: no file may grow beyond 20 kB; sleep: the process stays there.
     """
 
     at: str
