@@ -50,12 +50,18 @@ def page(record: dict[str, Any]) -> str:
     trials = record["trials"]
     lost = sum(t["lost"] for t in trials)
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
-    part = "the whole suite" if record["whole"] else "a part of the suite only"
     lines = [
         HEAD,
-        f"**{len(trials)} faults tried, {lost} lost** ({record['date']}, {part}; {record['machine']}, {versions}).",
+        f"**{len(trials)} faults tried, {lost} lost** ({record['date']}; {record['machine']}, {versions}).",
         "",
     ]
+    missing = [g for g in GROUPS if not any(t["group"] == g for t in trials)]
+    if record["left_out"] or record["skipped"] or missing:
+        lines += [
+            f"This is a part of the suite: {record['left_out']} of its tests were left out and {record['skipped']} "
+            "cannot run on the machine. What is not listed was not tried; `make faults` tries it.",
+            "",
+        ]
     for group, title in GROUPS.items():
         own = [t for t in trials if t["group"] == group]
         lines += [f"## {title}", ""]

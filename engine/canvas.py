@@ -281,5 +281,6 @@ def _create(folder: Path, keys: dict[str, object], levels: dict[str, Size]) -> R
 
 def _sweep(folder: Path) -> None:
     """Remove what writers killed in the middle left behind; a chunk counts from its rename on."""
-    for partial in [*(folder / "canvas.zarr").rglob("*.partial"), *folder.glob("*.partial")]:
+    inside = (partial for store in folder.glob("*.zarr") for partial in store.rglob("*.partial"))
+    for partial in [*inside, *folder.glob("*.partial")]:
         remove(partial)

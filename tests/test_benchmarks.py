@@ -132,10 +132,18 @@ def test_reliability_page_counts_what_was_tried_and_lost(tmp_path: Path) -> None
         {"group": "driver", "fault": "SIGKILL", "lost": lost, "seconds": 1, "outcome": said}
         for lost, said in ((False, "resumed"), (False, "resumed"), (True, ""))
     ]
-    record = {"date": "2026-01-02", "whole": False, "machine": "m", "versions": {"ray": "2"}, "trials": trials}
+    record = {
+        "date": "2026-01-02",
+        "left_out": 4,
+        "skipped": 0,
+        "machine": "m",
+        "versions": {"ray": "2"},
+        "trials": trials,
+    }
     (tmp_path / "faults.json").write_text(json.dumps(record))
     assert reliability.main([f"--record={tmp_path / 'faults.json'}", f"--out={tmp_path / 'page.md'}"]) == 0
     page = (tmp_path / "page.md").read_text()
-    assert "**3 faults tried, 1 lost** (2026-01-02, a part of the suite only" in page
+    assert "**3 faults tried, 1 lost** (2026-01-02; m, ray 2)." in page
+    assert "4 of its tests were left out" in page
     assert "| SIGKILL | 3 | 1 | resumed |" in page
     assert page.count("Not tried in this run.") == 4

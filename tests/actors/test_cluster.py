@@ -11,9 +11,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ray.exceptions import RaySystemError
 
 from actors import cluster
-from actors.cluster import NodeResources, connect, node_resources
+from actors.cluster import NodeResources, connect, loss_named, node_resources
 from actors.environment import silence_of
 from actors.replica import choose_seat
 from engine.config import RayConfig
@@ -173,6 +174,13 @@ def test_a_head_that_is_gone_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(cluster, "silence_of", lambda *_: "Connection refused")
     with pytest.raises(ClusterError, match=r"must answer within 0\.5 s; Connection refused.*repeat the same command"):
         node_resources()
+
+
+@pytest.mark.parametrize("raised", [OSError("Broken pipe"), RaySystemError("System error: Broken pipe")])
+def test_a_node_that_is_gone_under_the_driver_is_named(raised: Exception) -> None:
+    """What ray.wait raises when the raylet of this process was killed."""
+    with pytest.raises(ClusterError, match=r"it is gone \(.*Broken pipe.*repeat the same command"), loss_named():
+        raise raised
 
 
 def test_another_server_is_not_a_head() -> None:

@@ -10,6 +10,8 @@ from ledger import Ledger
 from scene import LONG_RUN, Scene, bytes_of_run, make_inputs
 
 LEDGER = Ledger()
+LEFT_OUT: list[pytest.Item] = []
+"""Fault tests that were not run."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -23,10 +25,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.timeout(1800))
 
 
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    LEFT_OUT.extend(items)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped:
+        LEDGER.skipped += 1
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path = session.config.getoption("--faults-record", default=None)
     if path and LEDGER.trials:
-        LEDGER.save(Path(path), whole="not faults" not in session.config.option.markexpr)
+        LEDGER.left_out = len(LEFT_OUT)
+        LEDGER.save(Path(path))
 
 
 @pytest.fixture(scope="session")

@@ -27,6 +27,10 @@ class Ledger:
     """All trials of a session."""
 
     trials: list[Trial] = field(default_factory=list)
+    left_out: int = 0
+    """Tests of the suite that were not asked for."""
+    skipped: int = 0
+    """Tests that this machine cannot run, such as those that mount a disk."""
 
     @contextmanager
     def trial(self, group: str, fault: str) -> Iterator[Trial]:
@@ -40,13 +44,14 @@ class Ledger:
         finally:
             trial.seconds = round(time.monotonic() - start, 1)
 
-    def save(self, path: Path, whole: bool) -> None:
-        """Write the record; `whole` says whether the long part was run too."""
+    def save(self, path: Path) -> None:
+        """Write the record."""
         from importlib.metadata import version
 
         record = {
             "date": time.strftime("%Y-%m-%d"),
-            "whole": whole,
+            "left_out": self.left_out,
+            "skipped": self.skipped,
             "machine": f"{platform.machine()}, Python {platform.python_version()}",
             "versions": {name: version(name) for name in ("torch", "ray", "zarr")},
             "trials": [asdict(trial) for trial in self.trials],
