@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ray.exceptions import RaySystemError
 
 from actors import cluster
 from actors.cluster import NodeResources, connect, loss_named, node_resources
@@ -176,7 +175,7 @@ def test_a_head_that_is_gone_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch
         node_resources()
 
 
-@pytest.mark.parametrize("raised", [OSError("Broken pipe"), RaySystemError("System error: Broken pipe")])
+@pytest.mark.parametrize("raised", [OSError("Broken pipe"), cluster.RaySystemError("System error: Broken pipe")])
 def test_a_node_that_is_gone_under_the_driver_is_named(raised: Exception) -> None:
     """What ray.wait raises when the raylet of this process was killed."""
     with pytest.raises(ClusterError, match=r"it is gone \(.*Broken pipe.*repeat the same command"), loss_named():
