@@ -17,8 +17,8 @@ from ledger import Ledger
 from scene import Scene
 from sick import Sickness, sick_actor
 
-from engine.config import CanvasConfig, DecodeConfig, OutputConfig, RayConfig, RefineConfig, RunConfig, SamplingConfig
-from engine.config import ModelConfigSection as Model
+from engine.arguments import parse
+from engine.config import RayConfig, RunConfig
 from engine.errors import ReplicaLostError
 from engine.model.zoomldm import ZoomLDM
 from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
@@ -33,18 +33,9 @@ EVERY_S = 1.5
 
 
 def config_of(scene: Scene, folder: Path, ray: RayConfig) -> RunConfig:
-    """Return the scene's run as a config; its bytes tell if the two ever differ."""
-    flags = dict(flag.removeprefix("--").split("=", 1) for flag in scene.flags)
-    return RunConfig(
-        model=Model(source=flags["model.source"], device="cpu", threads=1),
-        canvas=CanvasConfig(height=520, width=256),
-        sampling=SamplingConfig(stride=int(flags["sampling.stride"]), weight=0, batch_size=2),
-        refine=RefineConfig(start=200, stride=200, tile_stride=64),
-        decode=DecodeConfig(batch_size=1),
-        ray=ray,
-        output=OutputConfig(str(folder), ("tiff", "ome-tiff", "dzi", "png"), record_writers=True),
-        embeddings=flags["embeddings"],
-    )
+    """Return the scene's run as a config, with other replicas."""
+    assert folder.name == "run"
+    return replace(parse([*scene.flags, f"--output.folder={folder}"], RunConfig, "faults", ""), ray=ray)
 
 
 Engage = Callable[[ZoomLDM, RunConfig], AbstractContextManager[Crew]]
@@ -56,7 +47,7 @@ def on_pool(stats: dict[str, int], disturb: Callable | None = None) -> Engage:
 
     @contextmanager
     def engage(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
-        with DenoiserPool(model, config.ray, device="cpu") as pool:
+        with DenoiserPool(model, config.ray, threads=config.model.threads, device=config.model.device) as pool:
             pool.wait_ready()
             yield Crew(disturb(pool) if disturb else pool, "cpu", lambda: pool.stats.replicas, dict)
             stats.update(restarts=pool.stats.restarts, retries=pool.stats.retries)
