@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint train-demo clean
+.PHONY: help demo test faults lint train-demo clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -13,6 +13,10 @@ demo: .venv/.installed  ## make .venv, sample a picture with the embedded demo m
 
 test: lint  ## make .venv, check style and types, run the tests
 	$(BIN)/python -m pytest
+
+faults: .venv/.installed-dev  ## try every fault there is on a tiny run, write docs/reliability.md (a quarter of an hour)
+	$(BIN)/python -m pytest tests/faults -m 'faults or not faults' --faults-record runs/faults.json
+	$(BIN)/python -m benchmarks.reliability --record runs/faults.json --out docs/reliability.md
 
 lint: .venv/.installed-dev  ## check formatting, style and types
 	$(BIN)/ruff format --check .

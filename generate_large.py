@@ -20,6 +20,7 @@ try:
     from engine.config import RunConfig
     from engine.errors import EngineError
     from engine.estimate import plan_table
+    from engine.interruption import sigterm_as_exit
     from engine.model.zoomldm import ZoomLDM
     from engine.progress import Progress
     from engine.run import Crew, choose_device, prepare, run, work_alone
@@ -41,22 +42,23 @@ def main(argv: Sequence[str]) -> int:
     config, flags = parse_with_flags(argv, RunConfig, "generate_large.py", DESCRIPTION, FLAGS)
     progress = Progress()
     try:
-        try:
-            job = prepare(config)
-        except ValueError as error:  # the config asks for what this model has not
-            progress.say(f"generate_large.py: {error}")
-            return 2
-        if "plan" in flags:
-            device = "cuda" if config.model.device == "cuda" else choose_device(config.model.device)
-            sys.stdout.write(plan_table(job.plan, config, job.model, device) + "\n")
-            return 0
-        with ExitStack() as connection:  # left after the report, whose scores are metrics too
+        # Ray is left after the report, whose scores are metrics too.
+        with sigterm_as_exit(), ExitStack() as connection:
+            try:
+                job = prepare(config)
+            except ValueError as error:  # the config asks for what this model has not
+                progress.say(f"generate_large.py: {error}")
+                return 2
+            if "plan" in flags:
+                device = "cuda" if config.model.device == "cuda" else choose_device(config.model.device)
+                sys.stdout.write(plan_table(job.plan, config, job.model, device) + "\n")
+                return 0
             folder = run(job, partial(work_on_ray, connection) if config.ray.enabled else work_alone, progress)
     except EngineError as error:
         progress.close()
         progress.say(f"generate_large.py: {error}")
         return 1
-    except (KeyboardInterrupt, SystemExit) as stop:  # actors.cluster turns SIGTERM into SystemExit
+    except (KeyboardInterrupt, SystemExit) as stop:  # SIGTERM raises SystemExit
         progress.close()
         progress.say(
             f"Interrupted. Every finished step is in {config.canvas.store or config.output.folder}; run the same "

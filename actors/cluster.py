@@ -7,31 +7,35 @@ Source: Ray 2.60, `ray.init`; its "auto" and its default patience are not used, 
 import logging
 import os
 import signal
-import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RaySystemError
 
 from actors.environment import silence_of
 from engine.config import RayConfig
 from engine.errors import ClusterError
+from engine.interruption import sigterm_as_exit
 
 ANSWER_S = 5.0
 """Patience for a head's first answer."""
 ATTACH_TRIES_VARIABLE = "RAY_gcs_server_port_wait_time_s"
 ATTACH_TRIES = 5
 """Ray's tries, one second apart, to register with a head that answers."""
+RECONNECT_VARIABLE, RECONNECT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
+"""After this long without the head, Ray's core ends the whole process, whatever it is doing."""
+RAYS_OWN = (RuntimeError, ValueError, ConnectionError, RayError)
+"""What Ray raises when it does not start or join, beside a bare Exception; see `_is_rays`."""
 STORE_BYTES = 1 << 30
 """Object store of a private Ray: weights live in it once; what does not fit goes to disk, slower but whole."""
 CURRENT_CLUSTER = Path("ray_current_cluster")
 """File in Ray's temporary folder where `ray start` leaves the head's address."""
-SIGTERM_EXIT = 128 + signal.SIGTERM
 log = logging.getLogger(__name__)
 
 
@@ -48,12 +52,45 @@ class NodeResources:
 
 
 def node_resources() -> list[NodeResources]:
-    """List the living nodes of the connected cluster."""
+    """List the living nodes of the connected cluster. Raises ClusterError when its head is gone."""
+    _await_head()
     return [
         NodeResources(node["NodeManagerAddress"], node["Resources"].get("CPU", 0.0), node["Resources"].get("GPU", 0.0))
         for node in ray.nodes()
         if node["Alive"]
     ]
+
+
+def _await_head() -> None:
+    """Return as soon as the head answers.
+
+    Ray's own calls would wait for it in the core, which then ends the process without a word of ours; half of the
+    core's patience leaves time to say so and to leave. A head that is started again meanwhile is found again.
+    Raises: ClusterError.
+    """
+    address = ray.get_runtime_context().gcs_address
+    host, _, port = address.rpartition(":")
+    patience_s = float(os.environ.get(RECONNECT_VARIABLE, RECONNECT_S)) / 2
+    until = time.monotonic() + patience_s
+    while (silence := silence_of(host.strip("[]"), int(port), ANSWER_S)) is not None:
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"The head of the Ray cluster at {address} must answer within {patience_s:g} s; {silence}. Every "
+                "finished step is kept: start a cluster, or let a private Ray start, and repeat the same command."
+            )
+        time.sleep(min(1.0, patience_s / 10))
+
+
+@contextmanager
+def loss_named() -> Iterator[None]:
+    """Turn what Ray's core raises when this process has lost its node or its connection into ClusterError."""
+    try:
+        yield
+    except (OSError, RaySystemError) as error:
+        raise ClusterError(
+            f"The Ray node of this process must stay up for the whole run; it is gone ({error}). Every finished step "
+            "is kept: start a cluster, or let a private Ray start, and repeat the same command."
+        ) from error
 
 
 @contextmanager
@@ -73,7 +110,7 @@ def connect(config: RayConfig, *, num_cpus: int | None = None, store_bytes: int 
     address = _address(config)
     before = set(_descendants())
     started: set[psutil.Process] = set()
-    with _sigterm_as_exit() as take_sigterm:
+    with sigterm_as_exit() as take_sigterm:
         try:
             if address is None:
                 _start(num_cpus or len(os.sched_getaffinity(0)), store_bytes)
@@ -122,10 +159,22 @@ def _start(num_cpus: int, store_bytes: int) -> None:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except (RuntimeError, ValueError, ConnectionError) as error:
+    except Exception as error:
+        if not _is_rays(error):
+            raise
         raise ClusterError(
             f"A private Ray with {num_cpus} CPUs did not start: {error} Use ray.enabled=false to compute without Ray."
         ) from error
+
+
+def _is_rays(error: Exception) -> bool:
+    """Say whether Ray said that it cannot start or join.
+
+    A node that does not register within 30 s, and a head without a node, are bare Exceptions (Ray 2.60,
+    `_private/node.py` and `_common/utils.py`). Nothing but the type itself tells them: a subclass that is not named
+    in RAYS_OWN, such as a KeyError, is a mistake, here or in Ray, and has to be seen as one.
+    """
+    return type(error) is Exception or isinstance(error, RAYS_OWN)
 
 
 def _join(address: str) -> None:
@@ -144,7 +193,9 @@ def _join(address: str) -> None:
     os.environ.setdefault(ATTACH_TRIES_VARIABLE, str(ATTACH_TRIES))
     try:
         ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except (RuntimeError, ValueError, ConnectionError, RayError) as error:
+    except Exception as error:
+        if not _is_rays(error):
+            raise
         raise ClusterError(f"The Ray cluster at {address} refused: {error} {todo}") from error
     finally:
         if chosen is None:
@@ -182,25 +233,6 @@ def _descendants() -> Iterator[psutil.Process]:
         if parent in rays or any(word.startswith(("ray::", package)) for word in command):
             rays.add(process.pid)
             yield process
-
-
-@contextmanager
-def _sigterm_as_exit() -> Iterator[Callable[[], object]]:
-    """Turn SIGTERM into SystemExit inside; yields a function that takes the signal again from whoever took it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-
-    def leave(signum: int, frame: object) -> None:
-        del signum, frame
-        sys.exit(SIGTERM_EXIT)
-
-    previous = signal.getsignal(signal.SIGTERM)
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield lambda: signal.signal(signal.SIGTERM, leave)
-    finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 @contextmanager

@@ -15,12 +15,12 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
-from actors.cluster import node_resources
+from actors.cluster import loss_named, node_resources
 from actors.denoiser import Answer, ReplicaInfo, pack_model
 from actors.replica import LOST, Replica, choose_seat
-from actors.work import PoolStats, PoolWatch, Run, Work, fault_of, nbytes, own_copy
+from actors.work import PoolStats, PoolWatch, Run, Work, fault_of, first_line, nbytes, own_copy
 from engine.config import RayConfig
-from engine.errors import ClusterError, ReplicaLostError
+from engine.errors import ClusterError, DeviceMemoryError, ReplicaLostError
 from engine.model.zoomldm import ZoomLDM
 from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
 
@@ -107,7 +107,8 @@ class DenoiserPool:
         """Wait until `count` replicas are ready. Raises ClusterError after `start_timeout_s`."""
         until = time.monotonic() + self.config.start_timeout_s
         while len(self.replicas) < count:
-            self._advance()
+            with loss_named():
+                self._advance()
             if time.monotonic() > until:
                 raise ClusterError(f"{count} replicas must be ready; {len(self.replicas)} are. {self._shortage()}")
 
@@ -133,7 +134,8 @@ class DenoiserPool:
                 elif run.finished:
                     return
                 else:
-                    self._advance()
+                    with loss_named():
+                        self._advance()
         finally:
             run.closed = True
 
@@ -180,7 +182,7 @@ class DenoiserPool:
             self._replicas.remove(fresh)
             fresh.kill()
             self._start_failures += 1
-            log.warning("Replica %d did not start: %s", fresh.number, _first_line(error))
+            log.warning("Replica %d did not start: %s", fresh.number, first_line(error))
             if self._start_failures >= START_FAILURES and not self.replicas:
                 raise ClusterError(
                     f"{self._start_failures} replicas in a row did not start; the last one: {error}"
@@ -195,26 +197,28 @@ class DenoiserPool:
         try:
             answer: Answer = ray.get(ref, timeout=self.config.batch_timeout_s)
         except LOST as error:
-            self._lose(at, work, f"replica lost ({_first_line(error)})")
+            self._lose(at, work, f"replica lost ({first_line(error)})")
             return
         except RayTaskError as error:
             if work.run.closed:
                 return
             cause = error.cause
-            if isinstance(cause, torch.AcceleratorError) and not isinstance(cause, torch.OutOfMemoryError):
+            if isinstance(cause, DeviceMemoryError):
+                self._ask_elsewhere(at, work, f"out of memory ({first_line(cause)})")
+                return
+            if isinstance(cause, torch.AcceleratorError):
                 # A device that erred is unusable for its whole process: the replica is as good as dead.
-                self._lose(at, work, f"device error ({_first_line(cause)})")
+                self._lose(at, work, f"device error ({first_line(cause)})")
                 return
             raise (cause if isinstance(cause, Exception) else error) from error
         fault = fault_of(work.batch, answer.value)
         if fault is None:
             self._keep(work, answer)
             return
-        work.avoid.add(at.number)
         if fault.startswith("non-finite"):
             work.float32 = True
             self._count = replace(self._count, float32_retries=self._count.float32_retries + 1)
-        self._ask_again(work, fault)
+        self._ask_elsewhere(at, work, fault)
 
     def _keep(self, work: Work, answer: Answer) -> None:
         """Store an answer for its run."""
@@ -255,6 +259,7 @@ class DenoiserPool:
         if self._watch is not None:
             self._watch.restart()
         self._start_failures = 0
+        self._grow_at = 0.0  # its node may be gone, or the head
         self._discard(dead)
         self._grow()
         self._ask_again(guilty, cause)
@@ -265,6 +270,12 @@ class DenoiserPool:
         for work in reversed(leaving.kill()):
             if not work.run.closed:
                 work.run.again.appendleft(work)
+
+    def _ask_elsewhere(self, at: Replica, work: Work, cause: str) -> None:
+        """Queue a batch that a replica lives on to have failed; another one is asked while there is one."""
+        log.warning("Replica %d: %s; batch %s is evaluated again.", at.number, cause, work.batch.key)
+        work.avoid.add(at.number)
+        self._ask_again(work, cause)
 
     def _ask_again(self, work: Work, cause: str) -> None:
         """Queue a failed batch first. Raises ReplicaLostError when it has failed often enough."""
@@ -285,9 +296,3 @@ class DenoiserPool:
             self._numbers += 1
             fresh = Replica(self._numbers, self._seat, self._threads, self._weights)
             self._replicas.append(fresh)
-
-
-def _first_line(error: BaseException) -> str:
-    """Return an error's type and the first line of its text; Ray's texts run to pages."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -46,9 +46,10 @@ class Work:
     def epitaph(self) -> str:
         """Say which batch failed, where and why, for ReplicaLostError."""
         step = f", timestep {self.batch.timestep}" if isinstance(self.batch, TileBatch) else ""
+        causes = "; ".join(dict.fromkeys(self.causes))
         return (
             f"Batch {self.batch.key} (tiles {', '.join(map(str, self.batch.tiles))}{step}) must be answered within "
-            f"ray.max_attempts={len(self.causes)} attempts; causes: {'; '.join(self.causes)}. What is committed "
+            f"ray.max_attempts={len(self.causes)} attempts; causes: {causes}. What is committed "
             "is kept: mend the cause and start the same command to continue."
         )
 
@@ -157,3 +158,9 @@ def nbytes(message: Any) -> int:
     if isinstance(message, TileBatch) and message.newton is not None:
         arrays.append(message.newton.target)
     return sum(a.nbytes for a in arrays if isinstance(a, np.ndarray))
+
+
+def first_line(error: BaseException) -> str:
+    """Return an error's type and the first line of its text; Ray's texts run to pages."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -13,10 +13,11 @@ from typing import Any, Self
 import numpy as np
 
 from engine.errors import CanvasError, CanvasMismatchError
-from engine.latents import BAND, Size, array_path, canvas_nbytes, open_array
+from engine.latents import BAND, Size, array_path, canvas_nbytes, check_marks, mark, open_array
 from engine.magnification import LATENT_CHANNELS
 from engine.state import Progress, RunState, check_keys, plain, write_atomically
 from engine.storage import FolderStorage, Storage
+from engine.writers import ChunkWriters
 
 __all__ = ["BAND", "Canvas", "Progress", "canvas_nbytes"]
 
@@ -25,7 +26,7 @@ class Canvas:
     """The latents of one run. Steps read the committed buffers and write the others; `commit` swaps them."""
 
     def __init__(self, folder: Path, storage: Storage, home: FolderStorage, state: RunState,
-                 levels: dict[str, Size]) -> None:  # fmt: skip
+                 levels: dict[str, Size], record_writers: bool) -> None:  # fmt: skip
         """Use `Canvas.open`."""
         self.folder = folder
         self.levels = dict(levels)
@@ -38,15 +39,18 @@ class Canvas:
         used = {(n, b) for n, committed in state.buffers.items() for b in (committed, *self._pair) if b is not None}
         self._arrays = {(n, b): open_array(arrays, self._place, n, b, levels[n]) for n, b in used}
         self._written: dict[str, set[int]] = {}
+        self._writers = ChunkWriters(folder, state.commits) if record_writers else None
+        check_marks(self._arrays, state, f"{storage.where}/state.json")
 
     @classmethod
     def open(
-        cls, folder: Path, keys: dict[str, object], levels: dict[str, Size], storage: Storage | None = None
-    ) -> Self:
+        cls, folder: Path, keys: dict[str, object], levels: dict[str, Size], storage: Storage | None = None,
+        record_writers: bool = False,
+    ) -> Self:  # fmt: skip
         """Create the run in this folder, or continue the one that lies there. Close it after use.
 
         `keys` decide the picture's bytes, flat and JSON-able; `levels` are (h, w) in latent px; `storage` is where the
-        latents lie, None for the folder.
+        latents lie, None for the folder; `record_writers` is for debugging (`engine.writers`).
         Raises: CanvasMismatchError if another plan lives there, naming the keys; CanvasError if the folder or the
         storage is foreign, in use, damaged, not writable, too small or does not answer.
         """
@@ -66,7 +70,7 @@ class Canvas:
             if place is not home:
                 state = _join(home, state, place.url)
             try:
-                canvas = cls(folder, place, home, state, levels)
+                canvas = cls(folder, place, home, state, levels, record_writers)
             except place.unreachable as error:
                 raise place.failed(error, "the arrays cannot be opened") from error
             on_error.pop_all()
@@ -138,7 +142,11 @@ class Canvas:
             )
         self._storage.hold()
         array = self._arrays[level, self._other(level)]
+        if self._writers is not None:
+            self._writers.claim(self._state.commits + 1, array.path, y0 // BAND, -(-width // BAND))
         try:
+            if level not in self._written:
+                mark(array, None)
             array[:, y0 : y0 + wanted[1]] = rows
         except (OSError, *self._storage.unreachable) as error:
             what = f"{array.path}, rows {y0}..{y0 + wanted[1]}, cannot be written"
@@ -163,6 +171,12 @@ class Canvas:
             if missing:
                 raise ValueError(f"level {level} must be written whole before commit; bands {missing} are missing.")
         buffers = self._state.buffers | {level: self._other(level) for level in chosen}
+        for level in chosen:
+            array = self._arrays[level, self._other(level)]
+            try:
+                mark(array, self._state.commits + 1)
+            except (OSError, *self._storage.unreachable) as error:
+                raise self._storage.failed(error, f"{array.path} cannot be marked") from error
         self._storage.sync(array_path(level, self._other(level)) for level in chosen)
         progress = Progress(pass_index=pass_index, steps=steps)
         state = replace(self._state, progress=progress, buffers=buffers, commits=self._state.commits + 1)
@@ -264,6 +278,7 @@ def _check_home(home: FolderStorage, keys: dict[str, object], place: Storage) ->
 
 def _join(home: FolderStorage, state: RunState, url: str) -> RunState:
     """Make the folder one of a run elsewhere; return its state, with what of the picture is decoded in this folder."""
+    home.sweep()
     before = home.load()
     if before is not None and before.commits == state.commits:
         progress = replace(state.progress, decoded_px=before.progress.decoded_px, finished=before.progress.finished)

@@ -232,6 +232,8 @@ class OutputConfig:
     """deflate keeps the pixels; jpeg is smaller."""
     jpeg_quality: int = 90
     """JPEG quality of TIFF and Deep Zoom, 1..100."""
+    record_writers: bool = False
+    """Debugging: note the writer of every chunk of the canvas in writers/, and stop at a second one within a step."""
 
     def __post_init__(self) -> None:
         _require(1 <= self.jpeg_quality <= 100, "output.jpeg_quality must lie in 1..100", self.jpeg_quality)

@@ -4,6 +4,7 @@ EngineError
 ├── CheckpointError      a checkpoint is missing, foreign, damaged or hostile
 ├── CanvasError          the canvas on disk is damaged or cannot be written
 │   └── CanvasMismatchError   the folder holds a run of another plan
+├── DeviceMemoryError    a batch does not fit into the memory of its device
 ├── ReplicaLostError     a batch failed on its replicas too often
 └── ClusterError         Ray or its resources are not as asked for
 """
@@ -23,6 +24,10 @@ class CanvasError(EngineError):
 
 class CanvasMismatchError(CanvasError):
     """The output folder holds a run of another plan."""
+
+
+class DeviceMemoryError(EngineError):
+    """A batch in its planned shape does not fit into the memory of its device, even when that is cleared."""
 
 
 class ReplicaLostError(EngineError):

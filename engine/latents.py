@@ -1,10 +1,12 @@
-"""The zarr arrays of latents: how they are made, found and held to their shape.
+"""The zarr arrays of latents: how they are made, found, held to their shape, and marked with the commit they hold.
 
-It knows names, shapes and chunks, not which of them is committed or on what they lie.
+The mark lies in the array itself, as an attribute, so that a state.json older than its latents shows: the buffer it
+names was written again since. While a step is written into a buffer it has no mark. It knows names, shapes and chunks,
+not which of them is committed or on what they lie.
 Facts: zarr 3 writes are atomic per chunk only, on a disk by rename, in object storage by the store itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -15,9 +17,12 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from engine.errors import CanvasError
 from engine.magnification import LATENT_CHANNELS
+from engine.state import RunState
 
 BAND = 256
 """Rows and columns of a chunk in latent px: the unit of writing."""
+MARK = "commit"
+"""Attribute of an array: the number of the commit it holds."""
 _CRC_NBYTES = 4
 Size = tuple[int, int]
 
@@ -70,3 +75,26 @@ def open_array(store: Store, where: str, name: str, buffer: int, size: Size, mod
             f"Restore {path}/zarr.json from a backup, or remove the canvas with its state.json and run again."
         )
     return array
+
+
+def mark(array: Any, commit: int | None) -> None:
+    """Note that a buffer holds this commit; None: nothing whole. Raises what the store does; durable with its files."""
+    array.attrs[MARK] = commit
+
+
+def check_marks(arrays: Mapping[tuple[str, int], Any], state: RunState, path: str) -> None:
+    """Refuse a state whose committed buffers were written again after it; `path` is its state.json.
+
+    Raises: CanvasError.
+    """
+    for level, buffer in state.buffers.items():
+        if buffer is None:
+            continue
+        found = arrays[level, buffer].attrs.get(MARK, 0)  # none in runs begun before there were marks
+        if found is None or found > state.commits:
+            now = "is being written again" if found is None else f"holds commit {found}"
+            raise CanvasError(
+                f"{path} must be the newest there was; it is of commit {state.commits}, but "
+                f"{array_path(level, buffer)}, which it names, {now}. Put the newer state.json back, or remove the run "
+                "and start again."
+            )

@@ -5,19 +5,24 @@ It does not know the canvas, the plan or Ray. Source: ZoomLDM (CVPR 2025), joint
 """
 
 import hashlib
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.errors import DeviceMemoryError
 from engine.magnification import LATENT_FACTOR
 from engine.model.zoomldm import ZoomLDM
 from engine.resize import resize_by
 
+log = logging.getLogger(__name__)
+B = TypeVar("B", "TileBatch", "DecodeBatch")
+A = TypeVar("A", "TilePrediction", "DecodedBatch")
 CONTEXTS_KEPT = 256
 """Contexts a denoiser remembers; at the published sizes (4, 65, 512) float32 one takes 0.5 MB."""
 
@@ -163,6 +168,13 @@ def one_by_one(batches: Iterable[TileBatch | None]) -> Iterator[TileBatch]:
         yield batch
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether memory ran out: on a GPU, in numpy, or on the CPU, where torch has no type for it (2.13)."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return type(error) is RuntimeError and any(words in str(error) for words in ("can't allocate memory", "bad_alloc"))
+
+
 class LocalDenoiser:
     """DenoiseTiles in this process: the specification that every other denoiser must match.
 
@@ -182,15 +194,46 @@ class LocalDenoiser:
         for batch in batches:
             yield self.decode_batch(batch)
 
-    @torch.inference_mode()
     def denoise_batch(self, batch: TileBatch) -> TilePrediction:
-        """Evaluate one batch."""
+        """Evaluate one batch. Raises DeviceMemoryError."""
+        return self._evaluate(self._denoise, batch)
+
+    def decode_batch(self, batch: DecodeBatch) -> DecodedBatch:
+        """Decode one batch of latent windows. Raises DeviceMemoryError."""
+        return self._evaluate(self._decode, batch)
+
+    def _evaluate(self, function: Callable[[B], A], batch: B) -> A:
+        """Evaluate a batch; where memory runs out, once more after all that can be made again was let go.
+
+        Once more WHOLE: halves in their own shape have other last bits, and padded to the planned shape they need the
+        memory of the whole.
+        """
+        for again in (True, False):
+            try:
+                return function(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                why = str(error).strip().partition("\n")[0]
+                if not again:
+                    raise DeviceMemoryError(
+                        f"Batch {batch.key} must fit into the memory of its device whole, in its planned shape; {why}. "
+                        "Free that memory or use a device with more and repeat the same command, or set "
+                        "sampling.batch_size (decode.batch_size) lower and use another output.folder."
+                    ) from error
+            # Out here, because the error holds what the failed attempt had allocated.
+            log.warning("Out of memory at batch %s (%s); it is evaluated once more, whole.", batch.key, why)
+            self._contexts.clear()
+            torch.cuda.empty_cache()
+        raise AssertionError("the second attempt returns or raises")
+
+    @torch.inference_mode()
+    def _denoise(self, batch: TileBatch) -> TilePrediction:
         _, x0, eps = predict_tiles(self.model, batch, self._context(batch))
         return TilePrediction(batch.key, x0.float().cpu().numpy(), eps.float().cpu().numpy() if batch.newton else None)
 
     @torch.inference_mode()
-    def decode_batch(self, batch: DecodeBatch) -> DecodedBatch:
-        """Decode one batch of latent windows."""
+    def _decode(self, batch: DecodeBatch) -> DecodedBatch:
         images = self.model.decode(torch.as_tensor(batch.latents).to(self.model.device))
         return DecodedBatch(batch.key, images.float().cpu().numpy())
 

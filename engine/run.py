@@ -98,7 +98,8 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
             job.config, job.model, model.extras, job.plan, encoder_device(job.config), progress.say
         )
     levels = {level.name: (level.height, level.width) for level in job.plan.levels}
-    with Canvas.open(job.folder, picture_keys(job.config, model, conditions), levels, storage) as canvas:
+    keys, record = picture_keys(job.config, model, conditions), job.config.output.record_writers
+    with Canvas.open(job.folder, keys, levels, storage, record) as canvas:
         missing = outputs.missing(job.folder, job.config, job.plan)
         if canvas.progress.finished and not missing:
             progress.say(f"{job.folder} holds this run, finished; nothing is missing.")

@@ -210,12 +210,16 @@ class FolderStorage:
             if state is None:
                 return self._create(keys, levels)
             check_keys(self._folder, state.keys, keys)
-            # What writers killed in the middle left behind; a chunk counts from its rename on.
-            for partial in [*(self._folder / "canvas.zarr").rglob("*.partial"), *self._folder.glob("*.partial")]:
-                remove(partial)
+            self.sweep()
         except OSError as error:
             raise self.failed(error, f"{self._folder} cannot be used", canvas_nbytes(levels)) from error
         return state
+
+    def sweep(self) -> None:
+        """Remove what writers killed in the middle left behind; a chunk counts from its rename on."""
+        inside = (partial for store in self._folder.glob("*.zarr") for partial in store.rglob("*.partial"))
+        for partial in [*inside, *self._folder.glob("*.partial")]:
+            remove(partial)
 
     def _create(self, keys: dict[str, object], levels: dict[str, Size]) -> RunState:
         """Make all arrays before anyone writes, then state.json, which makes the folder a run."""

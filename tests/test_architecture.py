@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export")
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
-    "errors magnification config schedule noise resize blend conditioning tiles strips state arguments",
+    "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
+    "interruption writers",
     "latents objects lease storage object_storage",
     "canvas canvas_view image exports report reference model slides",
     "predict pointwise guidance decode",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, memory, overhead
+from benchmarks import gpu, memory, overhead, reliability
 from benchmarks.bare import BareRun, demo_config, maps_for, picture_digest
 from engine.magnification import BRCA_SCALE
 from engine.model.config import published_config
@@ -125,3 +125,25 @@ def test_these_need_no_ray(name: str) -> None:
     used = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     used += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
     assert not [u for u in used if u.split(".")[0] in ("ray", "actors") or u == "benchmarks.overhead"]
+
+
+def test_reliability_page_counts_what_was_tried_and_lost(tmp_path: Path) -> None:
+    trials = [
+        {"group": "driver", "fault": "SIGKILL", "lost": lost, "seconds": 1, "outcome": said}
+        for lost, said in ((False, "resumed"), (False, "resumed"), (True, ""))
+    ]
+    record = {
+        "date": "2026-01-02",
+        "left_out": 4,
+        "skipped": 0,
+        "machine": "m",
+        "versions": {"ray": "2"},
+        "trials": trials,
+    }
+    (tmp_path / "faults.json").write_text(json.dumps(record))
+    assert reliability.main([f"--record={tmp_path / 'faults.json'}", f"--out={tmp_path / 'page.md'}"]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "**3 faults tried, 1 lost** (2026-01-02; m, ray 2)." in page
+    assert "4 of its tests were left out" in page
+    assert "| SIGKILL | 3 | 1 | resumed |" in page
+    assert page.count("Not tried in this run.") == 4

@@ -166,8 +166,13 @@ def test_lost_array_is_named(tmp_path: Path):
 
 def test_orphans_of_killed_writers_are_swept(tmp_path: Path):
     run_of(tmp_path, 1)
-    orphans = [chunk(tmp_path, "20x/latent_1", "0/0") / "0.abc.partial", tmp_path / "image.tiff.partial"]
-    orphans[0].parent.mkdir(parents=True)
+    orphans = [
+        chunk(tmp_path, "20x/latent_1", "0/0") / "0.abc.partial",
+        tmp_path / "image.ome.zarr" / "0" / "c" / "0.abc.partial",
+        tmp_path / "image.tiff.partial",
+    ]
+    for folder in (orphan.parent for orphan in orphans[:2]):
+        folder.mkdir(parents=True)
     for orphan in orphans:
         orphan.write_bytes(b"x")
     with Canvas.open(tmp_path, KEYS, LEVELS) as canvas:

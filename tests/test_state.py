@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from test_canvas import KEYS, LEVELS, chunk, run_of
+from test_canvas import KEYS, LEVELS, assert_holds, chunk, run_of, write_step
 
 from engine.canvas import Canvas
 from engine.errors import CanvasError, CanvasMismatchError
@@ -72,6 +72,40 @@ def test_garbled_state_names_the_file(tmp_path: Path, harm: str):
     }[harm])  # fmt: skip
     with pytest.raises(CanvasError, match=r"state\.json must.*output\.folder"):
         Canvas.open(tmp_path, KEYS, LEVELS)
+
+
+@pytest.mark.parametrize("behind", [1, 2])
+def test_state_older_than_its_latents_is_refused(tmp_path: Path, behind: int):
+    """An old copy put back: its buffer was written again, wholly or in part; it would give another picture."""
+    run_of(tmp_path, 2)
+    old = (tmp_path / "state.json").read_bytes()
+    with Canvas.open(tmp_path, KEYS, LEVELS) as canvas:
+        for step in range(3, 3 + behind):
+            write_step(canvas, step)
+            canvas.commit(0, step)
+        newest = (tmp_path / "state.json").read_bytes()
+        if behind == 1:
+            write_step(canvas, 4, ("20x",))  # not committed
+    (tmp_path / "state.json").write_bytes(old)
+    with pytest.raises(CanvasError, match=r"state\.json must be the newest.*of commit 2.*(again|commit 4)"):
+        Canvas.open(tmp_path, KEYS, LEVELS)
+    (tmp_path / "state.json").write_bytes(newest)
+    with Canvas.open(tmp_path, KEYS, LEVELS) as canvas:
+        assert_holds(canvas, 2 + behind)
+
+
+def test_state_one_commit_behind_does_that_step_again(tmp_path: Path):
+    run_of(tmp_path, 2)
+    old = (tmp_path / "state.json").read_bytes()
+    with Canvas.open(tmp_path, KEYS, LEVELS) as canvas:
+        write_step(canvas, 3)
+        canvas.commit(0, 3)
+    (tmp_path / "state.json").write_bytes(old)
+    with Canvas.open(tmp_path, KEYS, LEVELS) as canvas:
+        assert_holds(canvas, 2)
+        write_step(canvas, 3)
+        canvas.commit(0, 3)
+        assert_holds(canvas, 3)
 
 
 def test_second_run_on_the_folder_is_refused_while_the_first_lives(tmp_path: Path):

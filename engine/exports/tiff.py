@@ -5,6 +5,7 @@ are what Bio-Formats and its tools read (OpenSlide sees only the full resolution
 """
 
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -72,6 +73,8 @@ def _ome_metadata(name: str, picture: Picture) -> dict[str, Any]:
         for key, value in labelled(picture).items()
     }
     return {
+        # tifffile's own is of the clock and this machine's network card: other bytes every time
+        "UUID": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{_NAMESPACE}/{name}/{picture.sizes}/{label(picture)}")),
         "axes": "YXS",
         "Name": name,
         "Description": label(picture),

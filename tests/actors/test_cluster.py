@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from actors import cluster
-from actors.cluster import NodeResources, connect
+from actors.cluster import NodeResources, connect, loss_named, node_resources
 from actors.environment import silence_of
 from actors.replica import choose_seat
 from engine.config import RayConfig
@@ -142,6 +142,44 @@ def test_a_head_that_is_frozen_is_an_error_in_time() -> None:
             connect(RayConfig(address=f"127.0.0.1:{port}")),
         ):
             pass
+
+
+@pytest.mark.usefixtures("unconnected")
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (Exception("The current node timed out during startup."), ClusterError),  # as Ray raises it
+        (RuntimeError("no port"), ClusterError),
+        (KeyError("a mistake"), KeyError),
+    ],
+)
+def test_what_ray_says_when_it_does_not_start(
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, expected: type[Exception]
+) -> None:
+    def init(**_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with pytest.raises(expected, match=str(raised)), connect(RayConfig()):
+        pass
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_head_that_is_gone_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Ray's core ends the process without a word; patience is half of the core's."""
+    monkeypatch.setenv(cluster.RECONNECT_VARIABLE, "1")
+    assert [node.cpus for node in node_resources()] == [2]
+    monkeypatch.setattr(cluster, "silence_of", lambda *_: "Connection refused")
+    with pytest.raises(ClusterError, match=r"must answer within 0\.5 s; Connection refused.*repeat the same command"):
+        node_resources()
+
+
+@pytest.mark.parametrize("raised", [OSError("Broken pipe"), cluster.RaySystemError("System error: Broken pipe")])
+def test_a_node_that_is_gone_under_the_driver_is_named(raised: Exception) -> None:
+    """What ray.wait raises when the raylet of this process was killed."""
+    with pytest.raises(ClusterError, match=r"it is gone \(.*Broken pipe.*repeat the same command"), loss_named():
+        raise raised
 
 
 def test_another_server_is_not_a_head() -> None:

@@ -135,6 +135,14 @@ def test_jpeg_ome_tiff_keeps_the_colours(image: Image, tmp_path: Path):
     assert np.abs(seen.astype(int) - PIXELS).mean() < 2
 
 
+def test_ome_tiff_written_twice_has_the_same_bytes(image: Image, tmp_path: Path):
+    names = [tmp_path / part / "a.ome.tiff" for part in ("one", "two")]
+    for name in names:
+        name.parent.mkdir()
+        write_ome_tiff(name, image)
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
 def test_full_disk_keeps_the_previous_ome_tiff(image: Image, tmp_path: Path):
     write_ome_tiff(tmp_path / "a.ome.tiff", image)
     before = (tmp_path / "a.ome.tiff").read_bytes()
