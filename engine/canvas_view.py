@@ -25,8 +25,8 @@ class CanvasView:
         """Say whether a commit came since. Raises CanvasError."""
         return load_state(self.folder / "state.json").commits != self.state.commits
 
-    def read(self, level: str, y0: int, y1: int) -> np.ndarray:
-        """Return rows y0..y1 of a level, float32 (3, y1-y0, w) in latent px; ask `moved` afterwards.
+    def read(self, level: str, y0: int, y1: int, x0: int = 0, x1: int | None = None) -> np.ndarray:
+        """Return a window of a level, float32 (3, y1-y0, x1-x0) in latent px; ask `moved` afterwards.
 
         Raises: CanvasError if nothing is committed yet or the rows cannot be read, as when they are being overwritten.
         """
@@ -39,7 +39,7 @@ class CanvasView:
         height, width = self.state.keys[f"plan.levels.{level}"]  # type: ignore[misc]  # Canvas.open puts it there
         array = open_array(self.folder, level, buffer, (height, width), mode="r")
         try:
-            rows = np.asarray(array[:, y0:y1])
+            rows = np.asarray(array[:, y0:y1, x0:x1])
         except (ValueError, RuntimeError, OSError) as error:  # what zarr raises on a truncated or changed chunk
             raise self._damaged(level, y0, y1, str(error)) from error
         if np.isnan(rows).any():

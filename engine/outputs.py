@@ -19,7 +19,7 @@ from engine.progress import Clock
 from engine.report import consistency_psnr, seam_score, write_report
 from engine.sampler import Sampling, picture_of
 from engine.strips import BandReader, cut
-from engine.tiles import Level, Plan
+from engine.tiles import Box, Level, Plan
 
 IMAGE, PREVIEW, GUIDE, REPORT = "image.ome.zarr", "preview.png", "guide.png", "report.json"
 EXPORTS: dict[ExportFormat, str] = {
@@ -95,16 +95,21 @@ def read_guide(folder: Path, plan: Plan) -> np.ndarray | None:
     return guide[:, :height, :width]
 
 
-class Cropped:
-    """The top-left part of a picture whose sides are multiples of a guide px."""
+class Part:
+    """A box (px) of a picture, for the scores."""
 
-    def __init__(self, image: Image, factor: int) -> None:
-        self._image = image
-        self.height, self.width = (side // factor * factor for side in (image.height, image.width))
+    def __init__(self, image: Image, box: Box) -> None:
+        self._image, self._box = image, box
+        self.height, self.width = box.size
+
+    @classmethod
+    def multiple(cls, image: Image, factor: int) -> "Part":
+        """Return the top-left part whose sides are multiples of a guide px."""
+        return cls(image, Box(0, 0, *(side // factor * factor for side in (image.height, image.width))))
 
     def read(self, y0: int, y1: int) -> np.ndarray:
         """Return uint8 (3, y1-y0, width)."""
-        return self._image.read(y0, y1, 0, self.width)
+        return self._image.read(self._box.y0 + y0, self._box.y0 + y1, self._box.x0, self._box.x1)
 
 
 def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
@@ -126,7 +131,7 @@ def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object]
     with clock.phase("judging"):
         scores: dict[str, object] = {"seam_score": seam_score(image, *tile_edges(plan)), "consistency_psnr_db": None}
         if guide is not None and level is not None:
-            part = Cropped(image, level.factor)
+            part = Part.multiple(image, level.factor)
             inside = guide[:, : part.height // level.factor, : part.width // level.factor]
             scores["consistency_psnr_db"] = consistency_psnr(part, inside)
     settings = {
