@@ -3,6 +3,7 @@
 Each file is whole or not there; what is there is not made again. It does not know how latents came about.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,36 @@ def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
 
     windows = plan.decode
     return edges({*joint.ys, *windows.ys}, plan.size_px[0]), edges({*joint.xs, *windows.xs}, plan.size_px[1])
+
+
+def border_scores(image: Image, box: Box, rim: int) -> dict[str, object]:
+    """Judge where a box (px) that was put into a picture ends, against what lies within `rim` px of that.
+
+    `border` is the seam score of the line itself, `rim` that of the `rim` lines inside it: above 1 they are rougher
+    than their neighbours, below 1 duller. Sides count by their length; None when all are the picture's own.
+    """
+
+    def score(axis: int, first: int, last: int, edges: Iterable[int]) -> float | None:
+        """Score `edges` among the lines first..last along one side of the box."""
+        first, last = max(first, 0), min(last, (image.height, image.width)[axis])
+        strip = Box(first, box.x0, last, box.x1) if axis == 0 else Box(box.y0, first, box.y1, last)
+        at = [edge - first for edge in edges]
+        return seam_score(Part(image, strip), at if axis == 0 else [], at if axis else [])
+
+    lines, bands, lengths = [], [], []
+    sides = ((0, box.y0, box.y1, image.height, box.size[1]), (1, box.x0, box.x1, image.width, box.size[0]))
+    for axis, start, stop, size, length in sides:
+        for end, top in ((start, start), (stop, stop - rim)):
+            if 0 < end < size:
+                lines.append(score(axis, end - rim // 2, end + rim // 2, (end,)))
+                bands.append(score(axis, top - rim, top + 2 * rim, range(top, top + rim)))
+                lengths.append(length)
+    if not lengths:
+        return {"border_seam_score": None, "rim_seam_score": None}
+    return {
+        "border_seam_score": float(np.average(lines, weights=lengths)),
+        "rim_seam_score": float(np.average(bands, weights=lengths)),
+    }
 
 
 def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object], clock: Clock) -> dict[str, object]:

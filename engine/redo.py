@@ -23,24 +23,20 @@ from engine.decode import decode_part, to_uint8
 from engine.errors import EngineError
 from engine.guidance import GuidePicture
 from engine.image import CHUNK_PX, TOP_PX, Image
-from engine.magnification import LATENT_FACTOR, TILE_PX
+from engine.magnification import LATENT_FACTOR
 from engine.model.zoomldm import ZoomLDM
 from engine.noise import noise_rows
-from engine.outputs import GUIDE, IMAGE, REPORT, Part
+from engine.outputs import GUIDE, IMAGE, REPORT, border_scores
 from engine.past import RECORD, PastRun
 from engine.predict import DenoiseTiles
 from engine.progress import Clock, Progress
-from engine.report import seam_score
 from engine.run import Engage, Job, canvas_guidance, compute, load_model, picture_keys, prepare, provenance
 from engine.sampler import Noise, Sampling
 from engine.snapshot import check_region
 from engine.state import check_keys, plain, replacing, write_atomically
 from engine.strips import BandReader, ForwardReader
 from engine.tiles import Box, Plan
-from engine.window import Surroundings, Window, laid_over, mix, window_plan, window_under
-
-BORDER_PX = TILE_PX
-"""Px around the window that its border is judged against."""
+from engine.window import RIM_PX, Surroundings, Window, laid_over, mix, window_plan, window_under
 
 
 @dataclass(frozen=True)
@@ -160,7 +156,7 @@ def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
         outputs.export(r.folder, job.config, job.plan, clock)
         canvas.record(finished=True)
         if facts or REPORT in missing:
-            facts = {"plan": canvas.digest, "redo": r.said() | border_scores(r), **facts}
+            facts = {"plan": canvas.digest, "redo": r.said() | judged(r), **facts}
             progress.judged(outputs.report(r.folder, job.config, job.plan, facts, clock))
     return r.folder
 
@@ -262,20 +258,8 @@ def _picture_rows(r: RedoJob, s: Sampling, start: int) -> Iterator[np.ndarray]:
         yield rows
 
 
-def border_scores(r: RedoJob) -> dict[str, object]:
-    """Return the seam scores of the window's and the region's border, now and in the run's own picture."""
-    size = r.job.plan.size_px
-    box = r.window.pixels(size).box
-    near = Box(box.y0 - BORDER_PX, box.x0 - BORDER_PX, box.y1 + BORDER_PX, box.x1 + BORDER_PX).within(Box(0, 0, *size))
-
-    def score(image: Image, edges: Box) -> float | None:
-        e = edges.moved(near.y0, near.x0)
-        return seam_score(Part(image, near), (e.y0, e.y1), (e.x0, e.x1))
-
-    now, before = Image.open(r.folder / IMAGE), r.past.picture()
-    return {
-        "window_seam_score": score(now, box),
-        "window_seam_score_before": score(before, box),
-        "region_seam_score": score(now, r.asked.region),
-        "region_seam_score_before": score(before, r.asked.region),
-    }
+def judged(r: RedoJob) -> dict[str, object]:
+    """Return the scores of the window's border, and what the run's own picture has at the same place."""
+    box = r.window.pixels(r.job.plan.size_px).box
+    before = {f"{k}_before": v for k, v in border_scores(r.past.picture(), box, RIM_PX).items()}
+    return border_scores(Image.open(r.folder / IMAGE), box, RIM_PX) | before
