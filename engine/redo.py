@@ -120,7 +120,12 @@ def run_config(asked: RedoConfig, past: PastRun, flags: list[str], prog: str) ->
 
 
 def prepare_redo(asked: RedoConfig, past: PastRun, config: RunConfig) -> RedoJob:
-    """Cut the window. Raises: ValueError for a region or timestep the run has not; CheckpointError without a model."""
+    """Cut the window.
+
+    Raises: ValueError for a region or timestep the run has not; CanvasError without its picture; CheckpointError
+    without its model.
+    """
+    past.picture()
     job = prepare(config)
     check_region(asked.region, job.plan.size_px)
     _, window = window_under(job.plan, asked.region)

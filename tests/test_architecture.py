@@ -14,9 +14,9 @@ FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode",
+    "predict pointwise guidance decode window",
     "sampler",
-    "estimate conditions pilot progress outputs run snapshot replay training patches",
+    "estimate conditions pilot progress outputs run snapshot past redo replay training patches",
     "parity train sample export",
 )
 MAX_FILE, MAX_FUNCTION = 300, 50
