@@ -6,7 +6,9 @@ The coordinator's work (cutting, averaging, guidance, update, zarr, commit) is d
 not done: it takes `batch_s` of virtual time a batch. The virtual clock advances by what the coordinator really spent,
 by `call_s` a batch for Ray's own work in the driver, and by waiting. Answers are those of the pointwise denoiser.
 efficiency = compute time of all batches / (replicas × time that passed), where a slow replica counts by its speed;
-busy = the coordinator's share of that time.
+busy = the coordinator's share of that time; saturates = the replicas that one coordinator can feed at all, the compute
+time of a step over the coordinator's. On a machine that is busy with something else `--clock cpu` counts the
+coordinator's processor time, all its threads together; waiting for the disk is then left out.
 """
 
 import argparse
@@ -27,13 +29,15 @@ import torch
 from actors.work import nbytes
 from benchmarks.bare import BareRun, demo_config
 from benchmarks.memory import MAPS, SSL_DIM
-from engine.magnification import BRCA_SCALE
+from engine.magnification import BRCA_SCALE, LATENT_CHANNELS
 from engine.pointwise import PointwiseDenoiser
 from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
 from engine.sampler import sample_large
+from engine.tiles import Plan
 
 IN_FLIGHT = 2
 """Batches queued per replica, ray.in_flight's default."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -46,15 +50,17 @@ class SimulatedReplicas:
     """Driver seconds a batch costs in Ray."""
     barriers: bool = False
     """Hold the batches of a level's step back until the one before is wholly answered, for comparison."""
+    clock: Callable[[], float] = time.perf_counter
+    """What the coordinator's own work is timed by."""
     now: float = 0.0
     busy_s: float = 0.0
     batches: int = 0
     nbytes: int = 0
     _inner: PointwiseDenoiser = field(default_factory=PointwiseDenoiser)
-    _mark: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self._finish: list[deque[float]] = [deque() for _ in self.seconds]
+        self._mark = self.clock()
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         return self._answers(iter(batches), lambda batch: next(self._inner.denoise([batch])))
@@ -64,11 +70,11 @@ class SimulatedReplicas:
 
     def start(self) -> None:
         """Begin to count the coordinator's time."""
-        self._mark = time.perf_counter()
+        self._mark = self.clock()
 
     def coordinated(self) -> None:
         """Add what the coordinator spent since it got control."""
-        spent = time.perf_counter() - self._mark
+        spent = self.clock() - self._mark
         self.now, self.busy_s = self.now + spent, self.busy_s + spent
 
     def _answers(self, source: Iterator[Any], answer_to: Callable[[Any], Any]) -> Iterator[Any]:
@@ -134,11 +140,13 @@ def _step(message: Any) -> str:
     return message.key.rpartition("/")[0]
 
 
-def measure(size: int, seconds: np.ndarray, call_s: float, steps: int, barriers: bool) -> dict[str, object]:
+def measure(
+    size: int, seconds: np.ndarray, call_s: float, steps: int, barriers: bool = False, clock: str = "wall"
+) -> dict[str, object]:
     """Sample the first steps of a canvas; return what was found."""
     settings = {"sampling.batch_size": 16, "decode.batch_size": 8, "guidance.method": "linear"}
     run = BareRun.of(demo_config(size, settings), BRCA_SCALE, SSL_DIM, MAPS).first_steps(steps)
-    replicas = SimulatedReplicas(seconds, call_s, barriers)
+    replicas = SimulatedReplicas(seconds, call_s, barriers, CLOCKS[clock])
     with tempfile.TemporaryDirectory() as folder:
         sampling = run.open(Path(folder) / "run", replicas)
         with sampling.canvas:
@@ -153,13 +161,21 @@ def measure(size: int, seconds: np.ndarray, call_s: float, steps: int, barriers:
         "slowest": float(seconds.max() / seconds.min()),
         "barriers": barriers,
         "levels": [n.name for n in run.plan.levels],
+        "clock": clock,
         "batches_per_step": sum(batches),
         "seconds_per_step": replicas.now / steps,
         "efficiency": replicas.batches * float(seconds.min()) / (rate * replicas.now),
         "coordinator_busy": replicas.busy_s / replicas.now,
         "coordinator_s_per_step": replicas.busy_s / steps,
+        "saturates_at_replicas": replicas.batches * float(seconds.min()) / replicas.busy_s,
         "megabytes_per_step": replicas.nbytes / steps / 1e6,
+        "canvas_megabytes_per_step": 3 * latents_nbytes(run.plan) / 1e6,
     }
+
+
+def latents_nbytes(plan: Plan) -> int:
+    """Return the bytes of one buffer of all levels; a step reads it twice (tiles, update) and writes it once."""
+    return sum(LATENT_CHANNELS * level.height * level.width * 4 for level in plan.levels)
 
 
 def main() -> None:
@@ -171,6 +187,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps to sample")
     parser.add_argument("--slow", type=float, default=1.0, help="the first replica is that many times slower")
     parser.add_argument("--barriers", action="store_true", help="wait for every answer at the end of each step")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="what times the coordinator's work")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -179,7 +196,7 @@ def main() -> None:
         for count in map(int, a.replicas.split(",")):
             seconds = np.full(count, a.batch_s)
             seconds[0] *= a.slow
-            rows.append(measure(size, seconds, a.call_s, a.steps, a.barriers))
+            rows.append(measure(size, seconds, a.call_s, a.steps, a.barriers, a.clock))
             print(json.dumps(rows[-1]), flush=True)
     if a.json:
         a.json.write_text(json.dumps(rows, indent=1) + "\n")
