@@ -3,7 +3,7 @@
 It does not know levels, passes or files. Source: ZoomLDM's large decoder: Gaussian-weighted windows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -76,6 +76,20 @@ def decode_part(
     return cut(found, (first, first + part.size[0] - start), (left, left + part.size[1]))
 
 
+def clamped(rows: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Gather rows (3, n, w) to one picture, clamped to [−1, 1]: float32 (3, h, w), held once and not three times."""
+    picture, y0 = np.empty((3, height, width), np.float32), 0
+    for part in rows:
+        np.clip(part, -1, 1, out=picture[:, y0 : y0 + part.shape[1]])
+        y0 += part.shape[1]
+    assert y0 == height  # the windows cover a level
+    return picture
+
+
 def to_uint8(rows: np.ndarray) -> np.ndarray:
     """Map [−1, 1] to 0..255, truncating as the published recipe does."""
-    return (np.clip((rows + 1) / 2, 0, 1) * 255).astype(np.uint8)
+    work = rows + 1  # one copy to work in: rows of a large picture are hundreds of MB
+    work /= 2
+    np.clip(work, 0, 1, out=work)
+    work *= 255
+    return work.astype(np.uint8)

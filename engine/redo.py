@@ -19,7 +19,7 @@ from engine.canvas import BAND, Canvas
 from engine.conditioning import extend_grid
 from engine.conditions import Conditions
 from engine.config import RunConfig
-from engine.decode import decode_part, to_uint8
+from engine.decode import clamped, decode_part, to_uint8
 from engine.errors import EngineError
 from engine.guidance import GuidePicture
 from engine.image import CHUNK_PX, TOP_PX, Image
@@ -223,7 +223,7 @@ def guide_under(r: RedoJob, denoiser: DenoiseTiles) -> GuidePicture:
         lambda under: r.past.latents(plan, level.name, under),
         plan.decodes[-2], part, denoiser, r.job.config.decode.sigma, "redo/guide",
     )  # fmt: skip
-    return GuidePicture(np.clip(np.concatenate(list(rows), axis=1), -1, 1), ratio, (box.y0 % cell, box.x0 % cell))
+    return GuidePicture(clamped(rows, *part.size), ratio, (box.y0 % cell, box.x0 % cell))
 
 
 def _decode(r: RedoJob, s: Sampling, said: dict[str, object]) -> None:

@@ -17,7 +17,7 @@ from engine.blend import RowAverager, smooth_weight, uniform_weight
 from engine.canvas import BAND, Canvas
 from engine.conditioning import extend_grid, tile_cells
 from engine.config import GuidanceConfig
-from engine.decode import decode_rows
+from engine.decode import clamped, decode_rows
 from engine.guidance import CanvasGuidance, GuidePicture, halo_rows, steer_rows
 from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.noise import noise_rows
@@ -141,7 +141,7 @@ def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarra
     """Decode a coarse level's x0 (3, h, w) to its picture, float32 (3, 4h, 4w) clamped to [−1, 1]."""
     size, windows = (level.height, level.width), s.plan.decodes[s.plan.levels.index(level)]
     rows = decode_rows(lambda y0, y1: x0[:, y0:y1], size, windows, s.denoiser, s.decode_sigma, f"{key}/guide")
-    return np.clip(np.concatenate(list(rows), axis=1), -1, 1)
+    return clamped(rows, level.height * LATENT_FACTOR, level.width * LATENT_FACTOR)
 
 
 def predict_window(
