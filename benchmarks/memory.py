@@ -2,10 +2,10 @@
 
     python -m benchmarks.memory [--sizes 2048,8192] [--formats tiff,png] [--stride 50] [--json FILE]
 
-A run is sampling (20 steps unless --stride says otherwise, linear guidance), decoding, exports, preview and report, with PointwiseDenoiser in place of
-a model, so that what is left is what the driver holds. Each size has a process of its own, and the peak is VmHWM of
-/proc/self/status: ru_maxrss is handed on to a new process by the one that starts it, which would hide a growth. The
-difference is to be at most 300 MB. Linux only.
+A run is sampling (20 steps unless --stride is given, linear guidance), decoding, exports, preview and report, with
+PointwiseDenoiser in place of a model, so that what is left is what the driver holds. Each size has a process of its
+own, and the peak is VmHWM of /proc/self/status: ru_maxrss is handed on to a new process by the one that starts it,
+which would hide a growth. The difference is to be at most 300 MB. Linux only.
 """
 
 import argparse

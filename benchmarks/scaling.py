@@ -6,6 +6,7 @@ The coordinator's work (cutting, averaging, guidance, update, zarr, commit) is d
 not done: it takes `batch_s` of virtual time a batch. The virtual clock advances by what the coordinator really spent,
 by `call_s` a batch for Ray's own work in the driver, and by waiting. Answers are those of the pointwise denoiser.
 efficiency = compute time of all batches / (replicas × time that passed), where a slow replica counts by its speed;
+steady_efficiency = the same between the first commit and the last but one, without the start and the end of the run;
 busy = the coordinator's share of that time; saturates = the replicas that one coordinator can feed at all, the compute
 time of a step over the coordinator's. On a machine that is busy with something else `--clock cpu` counts the
 coordinator's processor time, all its threads together; waiting for the disk is then left out.
@@ -18,7 +19,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from benchmarks.memory import MAPS, SSL_DIM
 from engine.magnification import BRCA_SCALE, LATENT_CHANNELS
 from engine.pointwise import PointwiseDenoiser
 from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
+from engine.replay import SilentWatch
 from engine.sampler import sample_large
 from engine.tiles import Plan
 
@@ -76,6 +78,10 @@ class SimulatedReplicas:
         """Add what the coordinator spent since it got control."""
         spent = self.clock() - self._mark
         self.now, self.busy_s = self.now + spent, self.busy_s + spent
+
+    def time(self) -> float:
+        """Return the virtual time while the coordinator works."""
+        return self.now + self.clock() - self._mark
 
     def _answers(self, source: Iterator[Any], answer_to: Callable[[Any], Any]) -> Iterator[Any]:
         """Yield answers in order, as the pool does: read ahead while a replica has room."""
@@ -135,6 +141,17 @@ class SimulatedReplicas:
         self.now = min([until, *coming])
 
 
+class Commits(SilentWatch):
+    """Notes the virtual time at which each step was committed; the first is the pass's beginning."""
+
+    def __init__(self, replicas: SimulatedReplicas) -> None:
+        self._replicas = replicas
+        self.at: list[float] = []
+
+    def step(self, name: str, done: int, total: int) -> None:
+        self.at.append(self._replicas.time())
+
+
 def _step(message: Any) -> str:
     """Return "pass/step/level" of a batch or answer."""
     return message.key.rpartition("/")[0]
@@ -143,18 +160,20 @@ def _step(message: Any) -> str:
 def measure(
     size: int, seconds: np.ndarray, call_s: float, steps: int, barriers: bool = False, clock: str = "wall"
 ) -> dict[str, object]:
-    """Sample the first steps of a canvas; return what was found."""
+    """Sample the first steps, three or more, of a canvas; return what was found."""
     settings = {"sampling.batch_size": 16, "decode.batch_size": 8, "guidance.method": "linear"}
     run = BareRun.of(demo_config(size, settings), BRCA_SCALE, SSL_DIM, MAPS).first_steps(steps)
     replicas = SimulatedReplicas(seconds, call_s, barriers, CLOCKS[clock])
     with tempfile.TemporaryDirectory() as folder:
-        sampling = run.open(Path(folder) / "run", replicas)
+        commits = Commits(replicas)
+        sampling = replace(run.open(Path(folder) / "run", replicas), watch=commits)
         with sampling.canvas:
             replicas.start()
             sample_large(sampling)
             replicas.coordinated()
     rate = float((1 / seconds).sum() * seconds.min())  # in replicas of the fastest kind
-    batches = [t.batch_count for t in run.plan.passes[0].tilings if t is not None]
+    count = sum(t.batch_count for t in run.plan.passes[0].tilings if t is not None)
+    steady = (commits.at[-2] - commits.at[1]) / (steps - 2)
     return {
         "size_px": size,
         "replicas": len(seconds),
@@ -162,9 +181,10 @@ def measure(
         "barriers": barriers,
         "levels": [n.name for n in run.plan.levels],
         "clock": clock,
-        "batches_per_step": sum(batches),
+        "batches_per_step": count,
         "seconds_per_step": replicas.now / steps,
         "efficiency": replicas.batches * float(seconds.min()) / (rate * replicas.now),
+        "steady_efficiency": count * float(seconds.min()) / (rate * steady),
         "coordinator_busy": replicas.busy_s / replicas.now,
         "coordinator_s_per_step": replicas.busy_s / steps,
         "saturates_at_replicas": replicas.batches * float(seconds.min()) / replicas.busy_s,

@@ -16,10 +16,10 @@ from engine.config import (
 from engine.estimate import (
     Calls,
     NetworkCost,
-    export_nbytes,
-    network_cost,
     evaluated,
+    export_nbytes,
     level_flop,
+    network_cost,
     pass_calls,
     plan_table,
     probe_cpu_tflops,

@@ -92,11 +92,12 @@ def test_barriers_hold_the_next_step_back() -> None:
 
 
 def test_figures_hang_together() -> None:
-    row = scaling.measure(512, np.full(2, 5.0), 0.002, steps=2, clock="cpu")
+    row = scaling.measure(512, np.full(2, 5.0), 0.002, steps=4, clock="cpu")
     compute = float(row["batches_per_step"]) * 5.0  # type: ignore[arg-type]
     efficiency, passed = float(row["efficiency"]), float(row["seconds_per_step"])  # type: ignore[arg-type]
     assert efficiency == pytest.approx(compute / (2 * passed))
     assert 0.3 < efficiency <= 1
+    assert efficiency <= float(row["steady_efficiency"]) <= 1.01  # type: ignore[arg-type]
     assert row["coordinator_busy"] == pytest.approx(float(row["coordinator_s_per_step"]) / passed)  # type: ignore[arg-type]
     assert row["saturates_at_replicas"] == pytest.approx(compute / float(row["coordinator_s_per_step"]))  # type: ignore[arg-type]
     assert row["canvas_megabytes_per_step"] == pytest.approx(3 * 3 * 4 * (128**2 + 64**2) / 1e6)
