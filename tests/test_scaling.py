@@ -97,7 +97,8 @@ def test_figures_hang_together() -> None:
     efficiency, passed = float(row["efficiency"]), float(row["seconds_per_step"])  # type: ignore[arg-type]
     assert efficiency == pytest.approx(compute / (2 * passed))
     assert 0.3 < efficiency <= 1
-    assert efficiency <= float(row["steady_efficiency"]) <= 1.01  # type: ignore[arg-type]
+    assert row["batches_per_step"] == 3  # the guide's tile, its decoding, and nine tiles
+    assert 0.9 * efficiency <= float(row["steady_efficiency"]) <= 1.01  # type: ignore[arg-type]
     assert row["coordinator_busy"] == pytest.approx(float(row["coordinator_s_per_step"]) / passed)  # type: ignore[arg-type]
     assert row["saturates_at_replicas"] == pytest.approx(compute / float(row["coordinator_s_per_step"]))  # type: ignore[arg-type]
     assert row["canvas_megabytes_per_step"] == pytest.approx(3 * 3 * 4 * (128**2 + 64**2) / 1e6)
