@@ -1,6 +1,7 @@
 """Command 1: one large, coherent picture from a ZoomLDM checkpoint.
 
     python generate_large.py --config configs/demo.yaml
+    python generate_large.py --redo 512,256,300,300 --seed 1 runs/demo
     ray submit configs/cluster/local.yaml generate_large.py -- --config configs/brca.yaml --reference region.jpeg
     ray job submit --working-dir . -- python generate_large.py --config configs/brca.yaml --reference region.jpeg
 
@@ -11,19 +12,22 @@ packages engine and actors come installed. Exit codes: 0 done, 1 failed, 2 wrong
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 
 try:
-    from engine.arguments import parse_with_flags
+    from engine.arguments import parse, parse_with_flags, take
     from engine.config import RunConfig
     from engine.errors import EngineError
     from engine.estimate import plan_table
     from engine.interruption import sigterm_as_exit
     from engine.model.zoomldm import ZoomLDM
+    from engine.past import PastRun
     from engine.progress import Progress
-    from engine.run import Crew, choose_device, prepare, run, work_alone
+    from engine.redo import RedoConfig, RedoJob, prepare_redo, redo, run_config
+    from engine.run import Crew, Job, choose_device, prepare, run, work_alone
 except ModuleNotFoundError as error:
     sys.exit(
         f"generate_large.py needs the packages of the project, installed in this Python ({sys.executable}); {error}.\n"
@@ -31,32 +35,53 @@ except ModuleNotFoundError as error:
         "the setup_commands of its YAML (configs/cluster/local.yaml)."
     )
 
+PROG = "generate_large.py"
 DESCRIPTION = """Make one large, coherent picture from a ZoomLDM checkpoint. Run the same command again to continue an
-interrupted run. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted."""
+interrupted run. With --redo x,y,width,height --seed N [--from_t T] RUN, sample a region (px) of a finished run again,
+noised back to timestep T (600 unless said), into a run folder beside it; other keys are as RUN has them. Exit codes: 0
+done, 1 failed, 2 wrong usage, 130 or 143 interrupted."""
 FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk and an estimated time, and stop"}
 
 
 def main(argv: Sequence[str]) -> int:
     """Parse, plan, run; return the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    config, flags = parse_with_flags(argv, RunConfig, "generate_large.py", DESCRIPTION, FLAGS)
     progress = Progress()
+    if not any(word.partition("=")[0] == "--redo" for word in argv):
+        config, flags = parse_with_flags(argv, RunConfig, PROG, DESCRIPTION, FLAGS)
+        return finish(config, lambda: prepare(config), progress, plan_only="plan" in flags)
+    own, rest = take(argv, RedoConfig)
+    asked = parse(own, RedoConfig, PROG, DESCRIPTION, first="run")
+    try:
+        past = PastRun(Path(asked.run))
+        config = run_config(asked, past, rest, PROG)
+    except EngineError as error:
+        progress.say(f"{PROG}: {error}")
+        return 1
+    return finish(config, lambda: prepare_redo(asked, past, config), progress)
+
+
+def finish(
+    config: RunConfig, prepared: Callable[[], Job | RedoJob], progress: Progress, plan_only: bool = False
+) -> int:
+    """Plan and do the work, or a redo's; return the exit code."""
     try:
         # Ray is left after the report, whose scores are metrics too.
         with sigterm_as_exit(), ExitStack() as connection:
             try:
-                job = prepare(config)
-            except ValueError as error:  # the config asks for what this model has not
-                progress.say(f"generate_large.py: {error}")
+                job = prepared()
+            except ValueError as error:  # the command asks for what this model or run has not
+                progress.say(f"{PROG}: {error}")
                 return 2
-            if "plan" in flags:
+            if plan_only and isinstance(job, Job):
                 device = "cuda" if config.model.device == "cuda" else choose_device(config.model.device)
                 sys.stdout.write(plan_table(job.plan, config, job.model, device) + "\n")
                 return 0
-            folder = run(job, partial(work_on_ray, connection) if config.ray.enabled else work_alone, progress)
+            engage = partial(work_on_ray, connection) if config.ray.enabled else work_alone
+            folder = run(job, engage, progress) if isinstance(job, Job) else redo(job, engage, progress)
     except EngineError as error:
         progress.close()
-        progress.say(f"generate_large.py: {error}")
+        progress.say(f"{PROG}: {error}")
         return 1
     except (KeyboardInterrupt, SystemExit) as stop:  # SIGTERM raises SystemExit
         progress.close()

@@ -1,11 +1,11 @@
 """Does the driver's memory grow with the canvas? Peak of a whole run without a network, at two sizes.
 
-    python -m benchmarks.memory [--sizes 2048,8192] [--formats tiff,png] [--json FILE]
+    python -m benchmarks.memory [--sizes 2048,8192] [--formats tiff,png] [--stride 50] [--json FILE]
 
-A run is sampling (20 steps, linear guidance), decoding, exports, preview and report, with PointwiseDenoiser in place of
-a model, so that what is left is what the driver holds. Each size has a process of its own, and the peak is VmHWM of
-/proc/self/status: ru_maxrss is handed on to a new process by the one that starts it, which would hide a growth. The
-difference is to be at most 300 MB. Linux only.
+A run is sampling (20 steps unless --stride is given, linear guidance), decoding, exports, preview and report, with
+PointwiseDenoiser in place of a model, so that what is left is what the driver holds. Each size has a process of its
+own, and the peak is VmHWM of /proc/self/status: ru_maxrss is handed on to a new process by the one that starts it,
+which would hide a growth. The difference is to be at most 300 MB. Linux only.
 """
 
 import argparse
@@ -71,18 +71,19 @@ def weigh(size: int, formats: Sequence[str], stride: int = 50) -> dict[str, obje
     }
 
 
-def weigh_apart(size: int, formats: Sequence[str]) -> dict[str, object]:
+def weigh_apart(size: int, formats: Sequence[str], stride: int) -> dict[str, object]:
     """Do the same in a fresh process."""
     command = [sys.executable, "-m", "benchmarks.memory", "--one", str(size), "--formats", ",".join(formats)]
+    command += ["--stride", str(stride)]
     done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout)
 
 
-def compare(sizes: Sequence[int], formats: Sequence[str], say: Callable[[str], None]) -> dict[str, object]:
+def compare(sizes: Sequence[int], formats: Sequence[str], stride: int, say: Callable[[str], None]) -> dict[str, object]:
     """Weigh every size; return the figures and the difference between the last and the first."""
     rows = []
     for size in sizes:
-        row = weigh_apart(size, formats)
+        row = weigh_apart(size, formats, stride)
         rows.append(row)
         say(f"{size} px: peak {row['peak_mb']} MB, {row['seconds']} s")
     ends = [row["peak_mb"]["report"] for row in (rows[0], rows[-1])]  # type: ignore[index]
@@ -98,13 +99,14 @@ def main(argv: list[str]) -> int:
         "--formats", default=",".join(FORMATS), help="exports, such as tiff,ome-tiff,dzi,png, or nothing"
     )
     parser.add_argument("--one", type=int, help="weigh this size in this process and print JSON")
+    parser.add_argument("--stride", type=int, default=50, help="timesteps between steps: 500 samples two steps alone")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args(argv)
     formats = [name for name in arguments.formats.split(",") if name]
     if arguments.one:
-        print(json.dumps(weigh(arguments.one, formats)))
+        print(json.dumps(weigh(arguments.one, formats, arguments.stride)))
         return 0
-    found = compare([int(size) for size in arguments.sizes.split(",")], formats, print)
+    found = compare([int(size) for size in arguments.sizes.split(",")], formats, arguments.stride, print)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0

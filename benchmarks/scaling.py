@@ -6,7 +6,10 @@ The coordinator's work (cutting, averaging, guidance, update, zarr, commit) is d
 not done: it takes `batch_s` of virtual time a batch. The virtual clock advances by what the coordinator really spent,
 by `call_s` a batch for Ray's own work in the driver, and by waiting. Answers are those of the pointwise denoiser.
 efficiency = compute time of all batches / (replicas × time that passed), where a slow replica counts by its speed;
-busy = the coordinator's share of that time.
+steady_efficiency = the same between the first commit and the last but one, without the start and the end of the run;
+busy = the coordinator's share of that time; saturates = the replicas that one coordinator can feed at all, the compute
+time of a step over the coordinator's. On a machine that is busy with something else `--clock cpu` counts the
+coordinator's processor time, all its threads together; waiting for the disk is then left out.
 """
 
 import argparse
@@ -16,7 +19,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,13 +30,16 @@ import torch
 from actors.work import nbytes
 from benchmarks.bare import BareRun, demo_config
 from benchmarks.memory import MAPS, SSL_DIM
-from engine.magnification import BRCA_SCALE
+from engine.magnification import BRCA_SCALE, LATENT_CHANNELS
 from engine.pointwise import PointwiseDenoiser
 from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
+from engine.replay import SilentWatch
 from engine.sampler import sample_large
+from engine.tiles import Plan
 
 IN_FLIGHT = 2
 """Batches queued per replica, ray.in_flight's default."""
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -46,15 +52,17 @@ class SimulatedReplicas:
     """Driver seconds a batch costs in Ray."""
     barriers: bool = False
     """Hold the batches of a level's step back until the one before is wholly answered, for comparison."""
+    clock: Callable[[], float] = time.perf_counter
+    """What the coordinator's own work is timed by."""
     now: float = 0.0
     busy_s: float = 0.0
     batches: int = 0
     nbytes: int = 0
     _inner: PointwiseDenoiser = field(default_factory=PointwiseDenoiser)
-    _mark: float = field(default_factory=time.perf_counter)
 
     def __post_init__(self) -> None:
         self._finish: list[deque[float]] = [deque() for _ in self.seconds]
+        self._mark = self.clock()
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         return self._answers(iter(batches), lambda batch: next(self._inner.denoise([batch])))
@@ -64,12 +72,16 @@ class SimulatedReplicas:
 
     def start(self) -> None:
         """Begin to count the coordinator's time."""
-        self._mark = time.perf_counter()
+        self._mark = self.clock()
 
     def coordinated(self) -> None:
         """Add what the coordinator spent since it got control."""
-        spent = time.perf_counter() - self._mark
+        spent = self.clock() - self._mark
         self.now, self.busy_s = self.now + spent, self.busy_s + spent
+
+    def time(self) -> float:
+        """Return the virtual time while the coordinator works."""
+        return self.now + self.clock() - self._mark
 
     def _answers(self, source: Iterator[Any], answer_to: Callable[[Any], Any]) -> Iterator[Any]:
         """Yield answers in order, as the pool does: read ahead while a replica has room."""
@@ -129,37 +141,61 @@ class SimulatedReplicas:
         self.now = min([until, *coming])
 
 
+class Commits(SilentWatch):
+    """Notes the virtual time at which each step was committed; the first is the pass's beginning."""
+
+    def __init__(self, replicas: SimulatedReplicas) -> None:
+        self._replicas = replicas
+        self.at: list[float] = []
+
+    def step(self, name: str, done: int, total: int) -> None:
+        self.at.append(self._replicas.time())
+
+
 def _step(message: Any) -> str:
     """Return "pass/step/level" of a batch or answer."""
     return message.key.rpartition("/")[0]
 
 
-def measure(size: int, seconds: np.ndarray, call_s: float, steps: int, barriers: bool) -> dict[str, object]:
-    """Sample the first steps of a canvas; return what was found."""
+def measure(
+    size: int, seconds: np.ndarray, call_s: float, steps: int, barriers: bool = False, clock: str = "wall"
+) -> dict[str, object]:
+    """Sample the first steps, three or more, of a canvas; return what was found."""
     settings = {"sampling.batch_size": 16, "decode.batch_size": 8, "guidance.method": "linear"}
     run = BareRun.of(demo_config(size, settings), BRCA_SCALE, SSL_DIM, MAPS).first_steps(steps)
-    replicas = SimulatedReplicas(seconds, call_s, barriers)
+    replicas = SimulatedReplicas(seconds, call_s, barriers, CLOCKS[clock])
     with tempfile.TemporaryDirectory() as folder:
-        sampling = run.open(Path(folder) / "run", replicas)
+        commits = Commits(replicas)
+        sampling = replace(run.open(Path(folder) / "run", replicas), watch=commits)
         with sampling.canvas:
             replicas.start()
             sample_large(sampling)
             replicas.coordinated()
     rate = float((1 / seconds).sum() * seconds.min())  # in replicas of the fastest kind
-    batches = [t.batch_count for t in run.plan.passes[0].tilings if t is not None]
+    count = replicas.batches / steps  # the guide's decoding among them
+    steady = (commits.at[-2] - commits.at[1]) / (steps - 2)
     return {
         "size_px": size,
         "replicas": len(seconds),
         "slowest": float(seconds.max() / seconds.min()),
         "barriers": barriers,
         "levels": [n.name for n in run.plan.levels],
-        "batches_per_step": sum(batches),
+        "clock": clock,
+        "batches_per_step": count,
         "seconds_per_step": replicas.now / steps,
         "efficiency": replicas.batches * float(seconds.min()) / (rate * replicas.now),
+        "steady_efficiency": count * float(seconds.min()) / (rate * steady),
         "coordinator_busy": replicas.busy_s / replicas.now,
         "coordinator_s_per_step": replicas.busy_s / steps,
+        "saturates_at_replicas": replicas.batches * float(seconds.min()) / replicas.busy_s,
         "megabytes_per_step": replicas.nbytes / steps / 1e6,
+        "canvas_megabytes_per_step": 3 * latents_nbytes(run.plan) / 1e6,
     }
+
+
+def latents_nbytes(plan: Plan) -> int:
+    """Return the bytes of one buffer of all levels; a step reads it twice (tiles, update) and writes it once."""
+    return sum(LATENT_CHANNELS * level.height * level.width * 4 for level in plan.levels)
 
 
 def main() -> None:
@@ -171,6 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="steps to sample")
     parser.add_argument("--slow", type=float, default=1.0, help="the first replica is that many times slower")
     parser.add_argument("--barriers", action="store_true", help="wait for every answer at the end of each step")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="what times the coordinator's work")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     a = parser.parse_args()
     torch.set_num_threads(1)
@@ -179,7 +216,7 @@ def main() -> None:
         for count in map(int, a.replicas.split(",")):
             seconds = np.full(count, a.batch_s)
             seconds[0] *= a.slow
-            rows.append(measure(size, seconds, a.call_s, a.steps, a.barriers))
+            rows.append(measure(size, seconds, a.call_s, a.steps, a.barriers, a.clock))
             print(json.dumps(rows[-1]), flush=True)
     if a.json:
         a.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -58,6 +58,24 @@ def parse(argv: Sequence[str], schema: type[T], prog: str, description: str, fir
     return config
 
 
+def take(argv: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
+    """Part a command line in two: a last word that is no flag's value, then the flags of `schema`; and the rest."""
+    names = {f"--{field.name}" for field in fields(schema)}
+    own, rest = [], list(argv)
+    if rest and not rest[-1].startswith("-") and (len(rest) == 1 or not _awaits_value(rest[-2])):
+        own.append(rest.pop())
+    words, rest = rest, []
+    while words:
+        word = words.pop(0)
+        group = [word, words.pop(0)] if _awaits_value(word) and words and not words[0].startswith("--") else [word]
+        (own if word.partition("=")[0] in names else rest).extend(group)
+    return own, rest
+
+
+def _awaits_value(word: str) -> bool:
+    return word.startswith("--") and "=" not in word
+
+
 def parse_with_flags(
     argv: Sequence[str], schema: type[T], prog: str, description: str, flags: Mapping[str, str]
 ) -> tuple[T, frozenset[str]]:

@@ -32,8 +32,8 @@ class CanvasView:
         """Say whether a commit came since. Raises CanvasError."""
         return self._load().commits != self.state.commits
 
-    def read(self, level: str, y0: int, y1: int) -> np.ndarray:
-        """Return rows y0..y1 of a level, float32 (3, y1-y0, w) in latent px; ask `moved` afterwards.
+    def read(self, level: str, y0: int, y1: int, x0: int = 0, x1: int | None = None) -> np.ndarray:
+        """Return a window of a level, float32 (3, y1-y0, x1-x0) in latent px; ask `moved` afterwards.
 
         Raises: CanvasError if nothing is committed yet or the rows cannot be read, as when they are being overwritten.
         """
@@ -46,7 +46,7 @@ class CanvasView:
         height, width = self.state.keys[f"plan.levels.{level}"]  # type: ignore[misc]  # Canvas.open puts it there
         try:
             array = open_array(self._storage.arrays, self._place, level, buffer, (height, width), mode="r")
-            rows = np.asarray(array[:, y0:y1])
+            rows = np.asarray(array[:, y0:y1, x0:x1])
         except self._storage.unreachable as error:
             raise self._storage.failed(error, f"rows {y0}..{y1} of level {level} cannot be read") from error
         except (ValueError, RuntimeError, OSError) as error:  # what zarr raises on a truncated or changed chunk

@@ -3,15 +3,16 @@
 It does not know levels, passes or files. Source: ZoomLDM's large decoder: Gaussian-weighted windows.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from engine.blend import RowAverager, gaussian_weight
+from engine.canvas import BAND
 from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.predict import DecodeBatch, DenoiseTiles
-from engine.strips import ReadRows, gather_tiles
-from engine.tiles import Tiling
+from engine.strips import BandReader, ReadRows, cut, gather_tiles
+from engine.tiles import Box, Tiling, touching
 
 
 def decode_rows(
@@ -48,6 +49,47 @@ def decode_rows(
                 yield rows[:, drop:]
 
 
+def decode_part(
+    read: Callable[[Box], np.ndarray],
+    windows: Tiling,
+    part: Box,
+    denoiser: DenoiseTiles,
+    sigma: float,
+    key: str,
+    start: int = 0,
+) -> Iterator[np.ndarray]:
+    """Yield a part (px) of a level's picture from its row `start` on, top to bottom: float32 (3, n, w), not clamped.
+
+    `read` gives a box of the level's latents, float32 (3, h, w); `windows` are those of the whole level, of which the
+    ones that touch the part are decoded. Batches are the same whatever `start` is.
+    """
+    tiling, filled = touching(windows, part.latent())
+    height, width = filled.size
+    top = (part.y0 + start) // LATENT_FACTOR - filled.y0
+
+    def rows(y0: int, y1: int) -> np.ndarray:
+        return read(Box(filled.y0 + y0, filled.x0, filled.y0 + y1, filled.x1))
+
+    found = decode_rows(BandReader(rows, height, BAND), (height, width), tiling, denoiser, sigma, key, top)
+    left = part.x0 - filled.x0 * LATENT_FACTOR
+    first = part.y0 + start - (filled.y0 + top) * LATENT_FACTOR
+    return cut(found, (first, first + part.size[0] - start), (left, left + part.size[1]))
+
+
+def clamped(rows: Iterable[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Gather rows (3, n, w) to one picture, clamped to [−1, 1]: float32 (3, h, w), held once and not three times."""
+    picture, y0 = np.empty((3, height, width), np.float32), 0
+    for part in rows:
+        np.clip(part, -1, 1, out=picture[:, y0 : y0 + part.shape[1]])
+        y0 += part.shape[1]
+    assert y0 == height  # the windows cover a level
+    return picture
+
+
 def to_uint8(rows: np.ndarray) -> np.ndarray:
     """Map [−1, 1] to 0..255, truncating as the published recipe does."""
-    return (np.clip((rows + 1) / 2, 0, 1) * 255).astype(np.uint8)
+    work = rows + 1  # one copy to work in: rows of a large picture are hundreds of MB
+    work /= 2
+    np.clip(work, 0, 1, out=work)
+    work *= 255
+    return work.astype(np.uint8)

@@ -143,22 +143,33 @@ def evaluated(tiling: Tiling) -> int:
     return tiling.batch_count * tiling.batch_size
 
 
-def pass_calls(plan: Plan, pass_: Pass, config: RunConfig) -> Calls:
-    """Count one pass: denoising, the guide's decoding and newton's corrections."""
-    per_prediction = 2 if pass_.weight else 1
-    total = Calls()
-    for number, (level, tiling) in enumerate(zip(plan.levels, pass_.tilings, strict=True)):
-        if tiling is None:
-            continue
-        tiles, steps = evaluated(tiling), len(pass_.steps)
-        total += Calls(unet=tiles * steps * per_prediction, summarize=tiles * steps)
-        if number and pass_.guided and config.guidance.method == "newton":
-            guided = sum(config.guidance.covers(s.t) for s in pass_.steps)
-            n = tiles * guided * config.guidance.corrections
-            total += Calls(unet=2 * per_prediction * n, encode=2 * n, decode=n)
-        if level is not plan.finest and pass_.guided:
-            total += Calls(decode=evaluated(plan.decodes[number]) * steps)
+def level_calls(plan: Plan, pass_: Pass, number: int, config: RunConfig) -> Calls:
+    """Count one pass over a level: denoising, newton's corrections, and its decoding for the level it steers."""
+    level, tiling, steps = plan.levels[number], pass_.tilings[number], len(pass_.steps)
+    if tiling is None:
+        return Calls()
+    tiles, per_prediction = evaluated(tiling), 2 if pass_.weight else 1
+    total = Calls(unet=tiles * steps * per_prediction, summarize=tiles * steps)
+    if number and pass_.guided and config.guidance.method == "newton":
+        guided = sum(config.guidance.covers(s.t) for s in pass_.steps)
+        n = tiles * guided * config.guidance.corrections
+        total += Calls(unet=2 * per_prediction * n, encode=2 * n, decode=n)
+    if level is not plan.finest and pass_.guided:
+        total += Calls(decode=evaluated(plan.decodes[number]) * steps)
     return total
+
+
+def pass_calls(plan: Plan, pass_: Pass, config: RunConfig) -> Calls:
+    """Count one pass over all levels."""
+    return sum((level_calls(plan, pass_, number, config) for number in range(len(plan.levels))), Calls())
+
+
+def level_flop(plan: Plan, number: int, config: RunConfig, cost: NetworkCost) -> float:
+    """Return the FLOP of a level in a whole run; the finest is decoded at its end."""
+    calls = sum((level_calls(plan, p, number, config) for p in plan.passes), Calls())
+    if plan.levels[number] is plan.finest:
+        calls += Calls(decode=evaluated(plan.decode))
+    return calls.flop(cost)
 
 
 def export_nbytes(plan: Plan, config: RunConfig) -> int:
@@ -205,13 +216,13 @@ def assumed_speed(config: RunConfig, model: ModelConfig, replicas: int, device: 
 def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -> str:
     """Return what `--plan` prints. `device` is "cpu" or "cuda", already chosen."""
     cost = network_cost(model, config.model.dtype, config.sampling.batch_size, config.sampling.weight > 0)
-    lines = ["levels          px (h x w)      latent px   µm/px   tiles (batches) per step"]
+    lines = ["levels          px (h x w)      latent px   µm/px          FLOP   tiles (batches) per step"]
     for i, level in enumerate(plan.levels):
         tilings = [f"{p.name} {len(t)} ({t.batch_count})" for p in plan.passes if (t := p.tilings[i]) is not None]
-        px = f"{level.height * LATENT_FACTOR} x {level.width * LATENT_FACTOR}"
+        px, flop = f"{level.height * LATENT_FACTOR} x {level.width * LATENT_FACTOR}", level_flop(plan, i, config, cost)
         lines.append(
-            f"  {level.name:10} {px:>15} {f'{level.height} x {level.width}':>15} {model.scale.mpp(level.name):7g}   "
-            f"{', '.join(tilings)}"
+            f"  {level.name:10} {px:>15} {f'{level.height} x {level.width}':>15} {model.scale.mpp(level.name):7g} "
+            f"{_flops(flop):>13}   {', '.join(tilings)}"
         )
     total = Calls()
     lines.append("passes          steps    U-Net    encode    decode  tiles        FLOP")

@@ -67,13 +67,7 @@ class ExportConfig:
     @property
     def box(self) -> Box | None:
         """The region in px."""
-        if self.region is None:
-            return None
-        try:
-            x, y, width, height = (int(part) for part in self.region.split(","))
-        except ValueError as error:
-            raise ValueError(f"region must be x,y,width,height in whole px; got {self.region!r}.") from error
-        return Box(y, x, y + height, x + width)
+        return None if self.region is None else Box.parse(self.region)
 
 
 def export(config: ExportConfig) -> Path:

@@ -27,6 +27,8 @@ class GuidePicture:
     """float32 (3, h, w) in [−1, 1], px of the coarser level."""
     ratio: int
     """Finer px per guide px."""
+    offset: tuple[int, int] = (0, 0)
+    """(y, x) latent px, less than a cell, from the image's corner to the first finer px, where that is a window."""
 
     @property
     def cell(self) -> int:
@@ -44,6 +46,7 @@ class GuidePicture:
 
         Between guide px the four neighbours are mixed linearly; past the border the last px is repeated.
         """
+        y, x = (at + LATENT_FACTOR * shift for at, shift in zip((y, x), self.offset, strict=True))
         (top, fy), (left, fx) = divmod(y / self.ratio, 1), divmod(x / self.ratio, 1)
         rows = np.minimum(np.arange(size + 1) + int(top), self.image.shape[1] - 1)
         columns = np.minimum(np.arange(size + 1) + int(left), self.image.shape[2] - 1)
@@ -127,10 +130,16 @@ def steer_rows(
     `rows` is float32 (3, n, w); `span` is (top, y0, y1); top and y0 are multiples of the cell. Returns (3, y1−y0, w).
     """
     top, y0, y1 = span
-    q = guide.cell
-    height, width = rows.shape[1:]
+    q, (above, left) = guide.cell, guide.offset
+    height, width = rows.shape[1] + above, rows.shape[2] + left
     cells_h, cells_w = -(-height // q), -(-width // q)
-    x0 = F.pad(torch.from_numpy(rows)[None], (0, cells_w * q - width, 0, cells_h * q - height), mode="replicate")
+    border = (left, cells_w * q - width, above, cells_h * q - height)
+    x0 = F.pad(torch.from_numpy(rows)[None], border, mode="replicate")
     wished = guide.cells(top // q, top // q + cells_h, cells_w)
     corrected = guidance.correct(x0, wished, q)
-    return corrected[0, :, y0 - top : y1 - top, :width].numpy()
+    return corrected[0, :, y0 - top + above : y1 - top + above, left:width].numpy()
+
+
+def halo_rows(guidance: CanvasGuidance, guide: GuidePicture) -> int:
+    """Return the latent rows around a band that its correction reads; one cell more where bands cut cells."""
+    return (guidance.halo_cells + any(guide.offset)) * guide.cell

@@ -151,17 +151,22 @@ class Image:
         `start` is what the last call yielded before it was interrupted. Raises as `write` does; ValueError if the
         stream ends early.
         """
-        y0, waiting = start, np.empty((3, 0, self.width), np.uint8)
+        y0, got, band = start, start, np.empty((3, BAND_PX, self.width), np.uint8)
         for part in rows:
-            waiting = np.concatenate([waiting, part], axis=1)
-            ready = min(BAND_PX, self.height - y0)
-            while waiting.shape[1] >= ready > 0:
-                self.write(y0, waiting[:, :ready])
-                y0, waiting = y0 + ready, waiting[:, ready:]
-                yield y0
-                ready = min(BAND_PX, self.height - y0)
-        if y0 < self.height or waiting.shape[1]:
-            got = y0 + waiting.shape[1]
+            if part.dtype != np.uint8 or part.shape[::2] != (3, self.width):
+                raise ValueError(f"rows must be uint8 (3, n, {self.width}); got {part.dtype} {part.shape}.")
+            taken = 0
+            while taken < part.shape[1] and y0 < self.height:
+                end = min(y0 + BAND_PX, self.height)
+                n = min(part.shape[1] - taken, end - got)
+                band[:, got - y0 : got - y0 + n] = part[:, taken : taken + n]
+                taken, got = taken + n, got + n
+                if got == end:
+                    self.write(y0, band[:, : end - y0])
+                    y0 = end
+                    yield y0
+            got += part.shape[1] - taken
+        if y0 < self.height or got > self.height:
             raise ValueError(f"the rows must fill the picture, {self.height} px; {got} came.")
 
     def build_pyramid(self) -> None:

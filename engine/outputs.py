@@ -3,6 +3,7 @@
 Each file is whole or not there; what is there is not made again. It does not know how latents came about.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from engine.progress import Clock
 from engine.report import consistency_psnr, seam_score, write_report
 from engine.sampler import Sampling, picture_of
 from engine.strips import BandReader, cut
-from engine.tiles import Level, Plan
+from engine.tiles import Box, Level, Plan
 
 IMAGE, PREVIEW, GUIDE, REPORT = "image.ome.zarr", "preview.png", "guide.png", "report.json"
 EXPORTS: dict[ExportFormat, str] = {
@@ -95,16 +96,21 @@ def read_guide(folder: Path, plan: Plan) -> np.ndarray | None:
     return guide[:, :height, :width]
 
 
-class Cropped:
-    """The top-left part of a picture whose sides are multiples of a guide px."""
+class Part:
+    """A box (px) of a picture, for the scores."""
 
-    def __init__(self, image: Image, factor: int) -> None:
-        self._image = image
-        self.height, self.width = (side // factor * factor for side in (image.height, image.width))
+    def __init__(self, image: Image, box: Box) -> None:
+        self._image, self._box = image, box
+        self.height, self.width = box.size
+
+    @classmethod
+    def multiple(cls, image: Image, factor: int) -> "Part":
+        """Return the top-left part whose sides are multiples of a guide px."""
+        return cls(image, Box(0, 0, *(side // factor * factor for side in (image.height, image.width))))
 
     def read(self, y0: int, y1: int) -> np.ndarray:
         """Return uint8 (3, y1-y0, width)."""
-        return self._image.read(y0, y1, 0, self.width)
+        return self._image.read(self._box.y0 + y0, self._box.y0 + y1, self._box.x0, self._box.x1)
 
 
 def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
@@ -119,6 +125,36 @@ def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
     return edges({*joint.ys, *windows.ys}, plan.size_px[0]), edges({*joint.xs, *windows.xs}, plan.size_px[1])
 
 
+def border_scores(image: Image, box: Box, rim: int) -> dict[str, object]:
+    """Judge where a box (px) that was put into a picture ends, against what lies within `rim` px of that.
+
+    `border` is the seam score of the line itself, `rim` that of the `rim` lines inside it: above 1 they are rougher
+    than their neighbours, below 1 duller. Sides count by their length; None when all are the picture's own.
+    """
+
+    def score(axis: int, first: int, last: int, edges: Iterable[int]) -> float | None:
+        """Score `edges` among the lines first..last along one side of the box."""
+        first, last = max(first, 0), min(last, (image.height, image.width)[axis])
+        strip = Box(first, box.x0, last, box.x1) if axis == 0 else Box(box.y0, first, box.y1, last)
+        at = [edge - first for edge in edges]
+        return seam_score(Part(image, strip), at if axis == 0 else [], at if axis else [])
+
+    lines, bands, lengths = [], [], []
+    sides = ((0, box.y0, box.y1, image.height, box.size[1]), (1, box.x0, box.x1, image.width, box.size[0]))
+    for axis, start, stop, size, length in sides:
+        for end, top in ((start, start), (stop, stop - rim)):
+            if 0 < end < size:
+                lines.append(score(axis, end - rim // 2, end + rim // 2, (end,)))
+                bands.append(score(axis, top - rim, top + 2 * rim, range(top, top + rim)))
+                lengths.append(length)
+    if not lengths:
+        return {"border_seam_score": None, "rim_seam_score": None}
+    return {
+        "border_seam_score": float(np.average(lines, weights=lengths)),
+        "rim_seam_score": float(np.average(bands, weights=lengths)),
+    }
+
+
 def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object], clock: Clock) -> dict[str, object]:
     """Judge the picture and write report.json; return the scores."""
     image = Image.open(folder / IMAGE)
@@ -126,7 +162,7 @@ def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object]
     with clock.phase("judging"):
         scores: dict[str, object] = {"seam_score": seam_score(image, *tile_edges(plan)), "consistency_psnr_db": None}
         if guide is not None and level is not None:
-            part = Cropped(image, level.factor)
+            part = Part.multiple(image, level.factor)
             inside = guide[:, : part.height // level.factor, : part.width // level.factor]
             scores["consistency_psnr_db"] = consistency_psnr(part, inside)
     settings = {

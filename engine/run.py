@@ -21,7 +21,7 @@ from engine.conditions import STORED, Conditions, find_conditions, keep_conditio
 from engine.config import RunConfig
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
 from engine.exports.png import check_png
-from engine.guidance import make_canvas_guidance
+from engine.guidance import CanvasGuidance, make_canvas_guidance
 from engine.model import checkpoint, hub
 from engine.model.config import ModelConfig
 from engine.model.zoomldm import ZoomLDM, digest
@@ -112,7 +112,12 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
             keep_conditions(job.folder, conditions)
         facts: dict[str, object] = {}
         if not canvas.progress.finished or outputs.needs_network(missing):
-            facts = _compute(job, model, conditions.grid, canvas, engage, progress, clock)
+            said = provenance(job, canvas.digest, canvas.keys)
+            facts = compute(
+                job, canvas, lambda: engage(model, job.config), progress, clock,
+                lambda denoiser: _sampling(job, model, conditions.grid, canvas, denoiser, progress),
+                lambda s: outputs.decode(s, job.folder, job.model.base_mpp, said),
+            )  # fmt: skip
         outputs.export(job.folder, job.config, job.plan, clock)
         canvas.record(finished=True)
         if facts or "report.json" in missing:
@@ -148,28 +153,34 @@ def _announce(canvas: Canvas, missing: list[str], progress: Progress) -> None:
         progress.say(f"{canvas.folder} holds this run; continuing after step {now.steps} of pass {now.pass_index + 1}.")
 
 
-def _compute(
-    job: Job, model: ZoomLDM, grid: np.ndarray, canvas: Canvas, engage: Engage, progress: Progress, clock: Clock
+def compute(
+    job: Job,
+    canvas: Canvas,
+    engage: Callable[[], AbstractContextManager[Crew]],
+    progress: Progress,
+    clock: Clock,
+    prepared: Callable[[DenoiseTiles], Sampling],
+    decode: Callable[[Sampling], None],
 ) -> dict[str, object]:
-    """Do what needs the networks: sampling, decoding, the guide's picture. Returns facts for the report."""
+    """Do what needs the networks: `prepared`'s sampling, then `decode`. Returns facts for the report."""
     resumed = not canvas.fresh
     with ExitStack() as stack:
         with clock.phase("start"):
-            crew = stack.enter_context(engage(model, job.config))
+            crew = stack.enter_context(engage())
         stack.callback(progress.close)
         with canvas.shared(ENVIRONMENT):
             check_environment(job.folder, crew.device)
         progress.replicas, progress.onlooker = crew.alive, crew.onlooker
         timed = TimedDenoiser(crew.denoiser)
         with clock.phase("guidance"):
-            s = _sampling(job, model, grid, canvas, timed, progress)
+            s = prepared(timed)
         before = timed.waited_s
         with clock.phase("sampling"):
             sample_large(s)
         waited = timed.waited_s - before
         progress.say("decoding")
         with clock.phase("decoding"):
-            outputs.decode(s, job.folder, job.model.base_mpp, provenance(job, canvas.digest, canvas.keys))
+            decode(s)
         return {
             **crew.facts(),
             "device": crew.device,
@@ -195,25 +206,34 @@ def provenance(job: Job, plan: str, keys: dict[str, object]) -> dict[str, object
 def _sampling(
     job: Job, model: ZoomLDM, grid: np.ndarray, canvas: Canvas, denoiser: DenoiseTiles, progress: Progress
 ) -> Sampling:
-    config, method = job.config, job.config.guidance.method
-    maps = dict(model.extras)
-    if method in ("linear", "probe") and f"guidance/{method}" not in maps and any(p.guided for p in job.plan.passes):
-        progress.say(f"fitting the {method} guidance: the checkpoint carries no map")
-        path = job.folder / f"guidance_{method}.safetensors"
-        with canvas.shared(path.name):
-            maps |= stored_or_fitted(path, method, grid, denoiser, config.sampling.weight, config.sampling.batch_size)
-    guided = any(p.guided for p in job.plan.passes)
+    config = job.config
     return Sampling(
         plan=job.plan,
         canvas=canvas,
         grid=grid,
         denoiser=denoiser,
         guidance=config.guidance,
-        canvas_guidance=make_canvas_guidance(config.guidance, maps) if guided else None,
+        canvas_guidance=canvas_guidance(job, model, grid, canvas, denoiser, progress),
         decode_sigma=config.decode.sigma,
         noise=keyed_noise(config.sampling.seed),
         watch=progress,
     )
+
+
+def canvas_guidance(
+    job: Job, model: ZoomLDM, grid: np.ndarray, canvas: Canvas, denoiser: DenoiseTiles, progress: Progress
+) -> CanvasGuidance | None:
+    """Return the coordinator's part of the guidance; fits the map, once per canvas, where the checkpoint has none."""
+    config, method = job.config, job.config.guidance.method
+    if not any(p.guided for p in job.plan.passes):
+        return None
+    maps = dict(model.extras)
+    if method in ("linear", "probe") and f"guidance/{method}" not in maps:
+        progress.say(f"fitting the {method} guidance: the checkpoint carries no map")
+        path = job.folder / f"guidance_{method}.safetensors"
+        with canvas.shared(path.name):
+            maps |= stored_or_fitted(path, method, grid, denoiser, config.sampling.weight, config.sampling.batch_size)
+    return make_canvas_guidance(config.guidance, maps)
 
 
 def check_environment(folder: Path, device: str) -> None:

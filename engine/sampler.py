@@ -17,14 +17,15 @@ from engine.blend import RowAverager, smooth_weight, uniform_weight
 from engine.canvas import BAND, Canvas
 from engine.conditioning import extend_grid, tile_cells
 from engine.config import GuidanceConfig
-from engine.decode import decode_rows
-from engine.guidance import CanvasGuidance, GuidePicture, steer_rows
+from engine.decode import clamped, decode_rows
+from engine.guidance import CanvasGuidance, GuidePicture, halo_rows, steer_rows
 from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.noise import noise_rows
 from engine.predict import DenoiseTiles, NewtonTarget, TileBatch, TilePrediction
 from engine.schedule import Step
-from engine.strips import BandReader, gather_tiles, in_bands
+from engine.strips import BandReader, ReadRows, gather_tiles, in_bands
 from engine.tiles import Level, Pass, Plan, Tiling
+from engine.window import Surroundings
 
 Noise = Callable[[str, int, tuple[int, int], int], np.ndarray]
 """(stream, step, (y0, y1), width) → standard normal float32 (3, y1−y0, width)."""
@@ -55,6 +56,8 @@ class Sampling:
     decode_sigma: float
     noise: Noise
     watch: Watch
+    around: Surroundings | None = None
+    """What a window of a finished picture lies in; the plan and the canvas are then the window's."""
 
 
 def keyed_noise(seed: int) -> Noise:
@@ -70,7 +73,7 @@ def sample_large(s: Sampling) -> None:
     cells_h, cells_w = s.plan.covered_cells
     s = replace(s, grid=extend_grid(s.grid, cells_h, cells_w))
     if s.canvas.fresh:
-        _start_from_noise(s)
+        _start(s)
     for index, pass_ in enumerate(s.plan.passes):
         if index < s.canvas.progress.pass_index:
             continue
@@ -79,11 +82,14 @@ def sample_large(s: Sampling) -> None:
         _run(s, index, pass_)
 
 
-def _start_from_noise(s: Sampling) -> None:
+def _start(s: Sampling) -> None:
+    """Begin with noise; in a window, with what was there, noised to the first timestep."""
     for level in s.plan.levels:
         for y0 in range(0, level.height, BAND):
             rows = (y0, min(y0 + BAND, level.height))
-            s.canvas.write(level.name, y0, s.noise(f"start/{level.name}", 0, rows, level.width))
+            noise = s.noise(f"start/{level.name}", 0, rows, level.width)
+            x_t = noise if s.around is None else s.plan.passes[0].steps[0].renoise(s.around.old(*rows), noise)
+            s.canvas.write(level.name, y0, x_t)
     s.canvas.commit(0, 0)
 
 
@@ -125,6 +131,9 @@ def _level_steps(s: Sampling, pass_: Pass, number: int) -> list["LevelStep"]:
         if tiling is not None:
             above = found[-1] if found and guided else None
             found.append(LevelStep(s, pass_, number, level, tiling, above, guided and level is not s.plan.finest))
+    if s.around is not None:
+        box, guide = s.around.window.box, s.around.guide if guided else None
+        return [replace(step, guide=guide, origin=(box.y0, box.x0)) for step in found]
     return found
 
 
@@ -132,7 +141,7 @@ def picture_of(s: Sampling, level: Level, x0: np.ndarray, key: str) -> np.ndarra
     """Decode a coarse level's x0 (3, h, w) to its picture, float32 (3, 4h, 4w) clamped to [−1, 1]."""
     size, windows = (level.height, level.width), s.plan.decodes[s.plan.levels.index(level)]
     rows = decode_rows(lambda y0, y1: x0[:, y0:y1], size, windows, s.denoiser, s.decode_sigma, f"{key}/guide")
-    return np.clip(np.concatenate(list(rows), axis=1), -1, 1)
+    return clamped(rows, level.height * LATENT_FACTOR, level.width * LATENT_FACTOR)
 
 
 def predict_window(
@@ -176,7 +185,7 @@ class LevelStep:
 
     @property
     def _newton(self) -> bool:
-        return self.above is not None and self.s.guidance.method == "newton"
+        return (self.above is not None or self.guide is not None) and self.s.guidance.method == "newton"
 
     def run(self, answers: Iterator[TilePrediction]) -> None:
         """Write x_{t−} of the whole level, band by band, from the answers to its batches."""
@@ -186,15 +195,16 @@ class LevelStep:
         read = BandReader(lambda y0, y1: s.canvas.read(level.name, y0, y1), level.height, BAND)
         kept = []
         steer = s.canvas_guidance if self.guide is not None else None
-        halo = steer.halo_cells * self.guide.cell if steer is not None and self.guide is not None else 0
-        for top, y0, y1, rows in in_bands(self.averaged(answers), level.height, BAND, halo):
+        halo = halo_rows(steer, self.guide) if steer is not None and self.guide is not None else 0
+        for top, y0, y1, rows in in_bands(self._settled(answers, read), level.height, BAND, halo):
             predicted = rows[:LATENT_CHANNELS]
             x0 = predicted[:, y0 - top : y1 - top]
             moved = self._newton
             eps = rows[LATENT_CHANNELS:, y0 - top : y1 - top] if moved else self.step.eps_from_x0(read(y0, y1), x0)
             if steer is not None and self.guide is not None:
                 # eps stays what was predicted: taken from the moved x0 it would undo most of the move in the update
-                x0 = steer_rows(steer, np.ascontiguousarray(predicted), (top, y0, y1), self.guide)
+                steered = steer_rows(steer, np.ascontiguousarray(predicted), (top, y0, y1), self.guide)
+                x0 = steered if s.around is None else s.around.settle(y0, steered, x0)
             noise = s.noise(f"{self.pass_.name}/{level.name}", self.number, (y0, y1), level.width)
             s.canvas.write(level.name, y0, self.step.update(x0, eps, noise))
             if self.steers:
@@ -208,6 +218,19 @@ class LevelStep:
         image = picture_of(self.s, self.level, self.x0, self.key)
         self.x0 = None
         return GuidePicture(image, self.level.factor // finer.factor)
+
+    def _settled(self, answers: Iterator[TilePrediction], read: ReadRows) -> Iterator[np.ndarray]:
+        """Yield averaged rows; in a window, tiles outside take part and predict what was there. `read` gives x_t."""
+        y0, around = 0, self.s.around
+        for rows in self.averaged(answers):
+            if around is None:
+                yield rows
+                continue
+            old = around.old(y0, y0 + rows.shape[1])
+            if rows.shape[0] > LATENT_CHANNELS:
+                old = np.concatenate([old, self.step.eps_from_x0(read(y0, y0 + rows.shape[1]), old)])
+            yield around.settle(y0, rows, old)
+            y0 += rows.shape[1]
 
     def averaged(self, answers: Iterator[TilePrediction]) -> Iterator[np.ndarray]:
         """Yield finished rows of averaged x0, top to bottom: (3, n, w), or (6, n, w) with newton's eps below."""

@@ -67,8 +67,7 @@ def crop(image: Image, region: Box, path: Path) -> Image:
 
 
 def _placed(region: Box) -> dict[str, object]:
-    height, width = region.size
-    return {"region_xywh_px": [region.x0, region.y0, width, height]}
+    return {"region_xywh_px": region.xywh}
 
 
 def predict_picture(folder: Path, config: RunConfig, region: Box | None, scratch: Path) -> Image:
@@ -137,10 +136,9 @@ class Reach:
     @classmethod
     def of(cls, plan: Plan, state: RunState, region: Box) -> "Reach":
         """`region` is in px of the picture."""
-        f, progress = LATENT_FACTOR, state.progress
+        progress = state.progress
         pass_, number = plan.passes[progress.pass_index], progress.steps
-        under = Box(region.y0 // f, region.x0 // f, -(-region.y1 // f), -(-region.x1 // f))
-        windows, decoded = touching(plan.decode, under)
+        windows, decoded = touching(plan.decode, region.latent())
         last = progress.pass_index == len(plan.passes) - 1
         if number == len(pass_.steps):
             return cls(pass_, number, last, None, decoded, windows, decoded)

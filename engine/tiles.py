@@ -74,9 +74,33 @@ class Box:
         """(h, w)."""
         return self.y1 - self.y0, self.x1 - self.x0
 
+    @classmethod
+    def parse(cls, text: str) -> "Box":
+        """Read "x,y,width,height", the order of viewers. Raises ValueError."""
+        try:
+            x, y, width, height = (int(part) for part in text.split(","))
+        except ValueError as error:
+            raise ValueError(f"region must be x,y,width,height in whole px; got {text!r}.") from error
+        return cls(y, x, y + height, x + width)
+
+    @property
+    def xywh(self) -> list[int]:
+        """[x, y, width, height]."""
+        return [self.x0, self.y0, self.x1 - self.x0, self.y1 - self.y0]
+
     def moved(self, y: int, x: int) -> "Box":
         """Return the same box seen from (y, x)."""
         return Box(self.y0 - y, self.x0 - x, self.y1 - y, self.x1 - x)
+
+    def within(self, other: "Box") -> "Box":
+        """Return what both boxes share; empty when they do not touch."""
+        y0, x0 = max(self.y0, other.y0), max(self.x0, other.x0)
+        return Box(y0, x0, max(min(self.y1, other.y1), y0), max(min(self.x1, other.x1), x0))
+
+    def latent(self) -> "Box":
+        """Return the latent px under a box of px."""
+        f = LATENT_FACTOR
+        return Box(self.y0 // f, self.x0 // f, -(-self.y1 // f), -(-self.x1 // f))
 
 
 def touching(tiling: Tiling, box: Box) -> tuple[Tiling, Box]:

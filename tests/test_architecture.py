@@ -16,9 +16,9 @@ FLOORS = (
     "interruption writers",
     "latents objects lease storage object_storage",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode",
+    "predict pointwise guidance decode window",
     "sampler",
-    "estimate conditions pilot progress outputs run snapshot replay training patches",
+    "estimate conditions pilot progress outputs run snapshot past redo replay training patches",
     "parity train sample export",
 )
 MAX_FILE, MAX_FUNCTION = 300, 50

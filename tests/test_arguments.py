@@ -1,13 +1,13 @@
 """Command lines and config files: every recipe loads, every mistake ends with code 2 and the nearest name."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
-from engine.arguments import PROJECT_ROOT, parse, parse_with_flags
+from engine.arguments import PROJECT_ROOT, parse, parse_with_flags, take
 from engine.config import RunConfig
 
 RECIPES = sorted(p for p in (PROJECT_ROOT / "configs").glob("*.yaml") if not p.name.startswith("train_"))
@@ -167,3 +167,22 @@ def test_switches_are_told_apart_from_keys() -> None:
     config, given = parse_with_flags(["--plan"], RunConfig, "x", "y", {"plan": "stop", "other": "not given"})
     assert given == {"plan"}
     assert config == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "rest"),
+    [
+        ("--a 1 RUN", ["RUN", "--a", "1"], []),
+        ("--a=1 --c=2 RUN", ["RUN", "--a=1"], ["--c=2"]),
+        ("--c 2 --a 1", ["--a", "1"], ["--c", "2"]),
+        ("RUN --a 1 --c", ["--a", "1"], ["RUN", "--c"]),
+        ("RUN", ["RUN"], []),
+        ("--a -1 --c -2 RUN", ["RUN", "--a", "-1"], ["--c", "-2"]),
+    ],
+)
+def test_flags_of_one_schema_are_taken_out(words: str, own: list[str], rest: list[str]) -> None:
+    @dataclass(frozen=True)
+    class Own:
+        a: int = 0
+
+    assert take(words.split(), Own) == (own, rest)

@@ -16,7 +16,9 @@ from engine.config import (
 from engine.estimate import (
     Calls,
     NetworkCost,
+    evaluated,
     export_nbytes,
+    level_flop,
     network_cost,
     pass_calls,
     plan_table,
@@ -82,6 +84,16 @@ def test_newton_calls_per_tile(full: ModelConfig) -> None:
     assert with_.encode == 2 * corrections
     assert with_.decode == corrections + 20 * 4  # and the guide's own tile, in a batch of 4
     assert without.encode == without.decode == 0
+
+
+@pytest.mark.parametrize("method", ["newton", "linear"])
+def test_levels_share_the_cost_of_a_run(full: ModelConfig, cost: NetworkCost, method: str) -> None:
+    config = published(method)
+    plan = make_plan(config, full.scale)
+    levels = [level_flop(plan, number, config, cost) for number in range(len(plan.levels))]
+    passes = sum(pass_calls(plan, p, config).flop(cost) for p in plan.passes)
+    assert sum(levels) == pytest.approx(passes + evaluated(plan.decode) * cost.decode)
+    assert 0 < levels[0] < levels[1] / 40
 
 
 def test_calls_add() -> None:

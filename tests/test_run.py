@@ -16,7 +16,7 @@ from engine.config import CanvasConfig, ModelConfigSection, OutputConfig, RunCon
 from engine.errors import CanvasError, CanvasMismatchError
 from engine.model.colour import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.outputs import Cropped, tile_edges
+from engine.outputs import Part, tile_edges
 from engine.pilot import fit_map, stored_or_fitted
 from engine.predict import DecodeBatch, LocalDenoiser
 from engine.progress import Progress, TimedDenoiser
@@ -100,7 +100,7 @@ def test_cropped_picture_is_a_multiple_of_the_guide() -> None:
         def read(self, y0: int, y1: int, x0: int, x1: int) -> np.ndarray:
             return np.zeros((3, y1 - y0, x1 - x0), np.uint8)
 
-    part = Cropped(Whole(), 4)  # type: ignore[arg-type]
+    part = Part.multiple(Whole(), 4)  # type: ignore[arg-type]
     assert (part.height, part.width) == (512, 384)
     assert part.read(0, 10).shape == (3, 10, 384)
 

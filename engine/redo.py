@@ -1,0 +1,270 @@
+"""The order of a redo: a region of a finished run sampled again, into a run folder of its own beside it.
+
+The run that it is made of is only read. State, resume and exports are those of engine.run; the canvas is the window's.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from engine import outputs
+from engine.arguments import parse
+from engine.canvas import BAND, Canvas
+from engine.conditioning import extend_grid
+from engine.conditions import Conditions
+from engine.config import RunConfig
+from engine.decode import clamped, decode_part, to_uint8
+from engine.errors import EngineError
+from engine.guidance import GuidePicture
+from engine.image import CHUNK_PX, TOP_PX, Image
+from engine.magnification import LATENT_FACTOR
+from engine.model.zoomldm import ZoomLDM
+from engine.noise import noise_rows
+from engine.outputs import GUIDE, IMAGE, REPORT, border_scores
+from engine.past import RECORD, PastRun
+from engine.predict import DenoiseTiles
+from engine.progress import Clock, Progress
+from engine.run import Engage, Job, canvas_guidance, compute, load_model, picture_keys, prepare, provenance
+from engine.sampler import Noise, Sampling
+from engine.snapshot import check_region
+from engine.state import check_keys, plain, replacing, write_atomically
+from engine.strips import BandReader, ForwardReader
+from engine.tiles import Box, Plan
+from engine.window import RIM_PX, Surroundings, Window, laid_over, mix, window_plan, window_under
+
+
+@dataclass(frozen=True)
+class RedoConfig:
+    """What to sample again. Other keys are the run's own; those that do not decide its picture may be given anew."""
+
+    run: str
+    """Folder of a finished run; may be given last, without --run."""
+    redo: str
+    """Region: x,y,width,height in px of the base magnification."""
+    seed: int
+    """Seed of the new noise. The run's own is allowed: the noise depends on the run, too."""
+    from_t: int = 600
+    """Timestep to noise the region back to: near 1000 little stays but the guide, near 1 little changes."""
+
+    def __post_init__(self) -> None:
+        _ = self.region
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2**63-1; got {self.seed}.")
+
+    @property
+    def region(self) -> Box:
+        return Box.parse(self.redo)
+
+    @property
+    def name(self) -> str:
+        """A folder name that says what is in it."""
+        x, y, width, height = self.region.xywh
+        return f"{Path(self.run).resolve().name}_redo_x{x}_y{y}_{width}x{height}_t{self.from_t}_seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class RedoJob:
+    """What is decided before a weight is used."""
+
+    job: Job
+    """The run's config and whole plan; the folder is the redo's."""
+    past: PastRun
+    asked: RedoConfig
+    window: Window
+    plan: Plan
+    """The window's."""
+
+    @property
+    def folder(self) -> Path:
+        return self.job.folder
+
+    def keys(self) -> dict[str, object]:
+        """Return what decides the new picture's bytes."""
+        run = {k: v for k, v in self.past.root.keys.items() if not k.startswith("plan.levels.")}
+        a = self.asked
+        return run | {
+            "redo.region": a.region.xywh,
+            "redo.seed": a.seed,
+            "redo.from_t": a.from_t,
+            "redo.parent": self.past.digest,
+        }
+
+    def said(self) -> dict[str, object]:
+        """Return what picture and report say of the redo."""
+        return {
+            "run": os.path.relpath(self.past.folder.resolve(), self.folder.resolve()),
+            "parent_plan": self.past.digest,
+            "region_xywh_px": self.asked.region.xywh,
+            "window_xywh_px": self.window.pixels(self.job.plan.size_px).box.xywh,
+            "seed": self.asked.seed,
+            "from_t": self.asked.from_t,
+        }
+
+
+def run_config(asked: RedoConfig, past: PastRun, flags: list[str], prog: str) -> RunConfig:
+    """Return the run's config with another folder, and with `flags` over it; wrong usage exits with 2.
+
+    Raises: EngineError when the run has no config.yaml.
+    """
+    stored = past.root.folder / "config.yaml"
+    if not stored.is_file():
+        raise EngineError(f"{stored} must say how the run is made; it is not there. Run its command again.")
+    folder = past.folder.resolve().parent / asked.name
+    return parse(["--config", str(stored.resolve()), f"--output.folder={folder}", *flags], RunConfig, prog, "")
+
+
+def prepare_redo(asked: RedoConfig, past: PastRun, config: RunConfig) -> RedoJob:
+    """Cut the window.
+
+    Raises: ValueError for a region or timestep the run has not; CanvasError without its picture; CheckpointError
+    without its model.
+    """
+    past.picture()
+    job = prepare(config)
+    check_region(asked.region, job.plan.size_px)
+    _, window = window_under(job.plan, asked.region)
+    return RedoJob(job, past, asked, window, window_plan(job.plan, asked.region, asked.from_t))
+
+
+def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
+    """Make, continue or complete the redo in its folder; return the folder.
+
+    Raises: CanvasMismatchError if config or weights are not the run's, or another plan lies in the folder; EngineError.
+    """
+    clock, job = Clock(), r.job
+    torch.set_num_threads(job.config.model.threads)  # the guidance's own arithmetic, as in a run
+    with clock.phase("model"):
+        model = load_model(job.config)
+    _check_run(r, model)
+    finest = r.plan.finest
+    with Canvas.open(r.folder, r.keys(), {finest.name: (finest.height, finest.width)}) as canvas:
+        missing = outputs.missing(r.folder, job.config, job.plan)
+        if canvas.progress.finished and not missing:
+            progress.say(f"{r.folder} holds this redo, finished; nothing is missing.")
+            return r.folder
+        if IMAGE in missing:
+            canvas.record(decoded_px=0, finished=False)
+        _take_along(r, missing)
+        facts: dict[str, object] = {}
+        if not canvas.progress.finished or IMAGE in missing:
+            facts = compute(
+                job, canvas, lambda: engage(model, job.config), progress, clock,
+                lambda denoiser: _sampling(r, model, canvas, denoiser, progress),
+                lambda s: _decode(r, s, provenance(job, canvas.digest, canvas.keys)),
+            )  # fmt: skip
+        outputs.export(r.folder, job.config, job.plan, clock)
+        canvas.record(finished=True)
+        if facts or REPORT in missing:
+            facts = {"plan": canvas.digest, "redo": r.said() | judged(r), **facts}
+            progress.judged(outputs.report(r.folder, job.config, job.plan, facts, clock))
+    return r.folder
+
+
+def _check_run(r: RedoJob, model: ZoomLDM) -> None:
+    """Hold config and weights to the run's: what is sampled beside its latents must be of the same kind."""
+    root = r.past.root
+    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in r.job.plan.levels}
+    keys = picture_keys(r.job.config, model, Conditions(r.past.grid, str(root.keys.get("conditions"))))
+    check_keys(root.folder, root.keys, plain(keys | levels))
+
+
+def _take_along(r: RedoJob, missing: list[str]) -> None:
+    """Write the record, and copy what the run made once: the guide's picture and a fitted colour map."""
+    write_atomically(r.folder / RECORD, (json.dumps(r.said(), indent=1) + "\n").encode())
+    maps = [p.name for p in r.past.root.folder.glob("guidance_*.safetensors") if not (r.folder / p.name).exists()]
+    for name in [*maps, *([GUIDE] if GUIDE in missing else [])]:
+        with replacing(r.folder / name) as partial:
+            shutil.copyfile(r.past.root.folder / name, partial)
+
+
+def _sampling(r: RedoJob, model: ZoomLDM, canvas: Canvas, denoiser: DenoiseTiles, progress: Progress) -> Sampling:
+    job, finest, box = r.job, r.job.plan.finest.name, r.window.box
+    grid = extend_grid(r.past.grid, *job.plan.covered_cells)
+
+    def old(y0: int, y1: int) -> np.ndarray:
+        return r.past.latents(job.plan, finest, Box(box.y0 + y0, box.x0, box.y0 + y1, box.x1))
+
+    guided = any(p.guided for p in r.plan.passes)
+    guide = guide_under(r, denoiser) if guided else None
+    return Sampling(
+        plan=r.plan,
+        canvas=canvas,
+        grid=grid,
+        denoiser=denoiser,
+        guidance=job.config.guidance,
+        canvas_guidance=canvas_guidance(job, model, r.past.grid, canvas, denoiser, progress) if guided else None,
+        decode_sigma=job.config.decode.sigma,
+        noise=redo_noise(r.asked.seed, r.past.digest),
+        watch=progress,
+        around=Surroundings(r.window, BandReader(old, r.plan.finest.height, BAND), guide),
+    )
+
+
+def redo_noise(seed: int, parent: str) -> Noise:
+    """Return a redo's noise: what made the old latents, were it drawn again, would show in the new ones."""
+    return lambda stream, step, rows, width: noise_rows(seed, f"redo/{parent}/{stream}", step, rows, width)
+
+
+def guide_under(r: RedoJob, denoiser: DenoiseTiles) -> GuidePicture:
+    """Decode the finished guide over the window, and a px beyond, which newton mixes in."""
+    plan, box = r.job.plan, r.window.box
+    level, ratio = plan.levels[-2], plan.levels[-2].factor // plan.finest.factor
+    cell, share = max(ratio // LATENT_FACTOR, 1), max(LATENT_FACTOR // ratio, 1)
+    ends = (-(-end // cell) * share + 1 for end in (box.y1, box.x1))
+    whole = Box(0, 0, level.height * LATENT_FACTOR, level.width * LATENT_FACTOR)
+    part = Box(box.y0 // cell * share, box.x0 // cell * share, *ends).within(whole)
+    rows = decode_part(
+        lambda under: r.past.latents(plan, level.name, under),
+        plan.decodes[-2], part, denoiser, r.job.config.decode.sigma, "redo/guide",
+    )  # fmt: skip
+    return GuidePicture(clamped(rows, *part.size), ratio, (box.y0 % cell, box.x0 % cell))
+
+
+def _decode(r: RedoJob, s: Sampling, said: dict[str, object]) -> None:
+    """Write the picture from where that was interrupted: copied, and decoded where the window is."""
+    path, (height, width) = r.folder / IMAGE, r.job.plan.size_px
+    start = s.canvas.progress.decoded_px if path.exists() else 0
+    said = {**said, "redo": r.said()}
+    image = Image.open(path) if start else Image.create(path, height, width, r.job.model.base_mpp, r.folder.name, said)
+    if start < height:
+        for done in image.fill(_picture_rows(r, s, start), start):
+            s.canvas.record(decoded_px=done)
+    if max(image.sizes[-1]) > TOP_PX:
+        image.build_pyramid()
+
+
+def _picture_rows(r: RedoJob, s: Sampling, start: int) -> Iterator[np.ndarray]:
+    """Yield the picture from row `start` on, uint8 (3, n, w)."""
+    picture, window = r.past.picture(), r.window.pixels(r.job.plan.size_px)
+    height, width = r.job.plan.size_px
+    box, skipped = window.box, max(start - window.box.y0, 0)
+    finest = r.job.plan.finest.name
+
+    def latents(part: Box) -> np.ndarray:
+        old = r.past.latents(r.job.plan, finest, part)
+        return laid_over(old, part, r.window, lambda y0, y1, x0, x1: s.canvas.read(finest, y0, y1)[:, :, x0:x1])
+
+    fresh = decode_part(latents, r.job.plan.decode, box, s.denoiser, s.decode_sigma, "decode", skipped)
+    new = ForwardReader(map(to_uint8, fresh))
+    for y0 in range(start, height, CHUNK_PX):
+        strip = Box(y0, 0, min(y0 + CHUNK_PX, height), width)
+        inside, rows = strip.within(box), picture.read(strip.y0, strip.y1)
+        if inside.size[0]:
+            part = np.s_[:, inside.y0 - y0 : inside.y1 - y0, inside.x0 : inside.x1]
+            top = inside.y0 - box.y0 - skipped
+            mixed = mix(rows[part].astype(np.float32), new(top, top + inside.size[0]), window.share(inside))
+            rows[part] = np.rint(mixed).astype(np.uint8)
+        yield rows
+
+
+def judged(r: RedoJob) -> dict[str, object]:
+    """Return the scores of the window's border, and what the run's own picture has at the same place."""
+    box = r.window.pixels(r.job.plan.size_px).box
+    before = {f"{k}_before": v for k, v in border_scores(r.past.picture(), box, RIM_PX).items()}
+    return border_scores(Image.open(r.folder / IMAGE), box, RIM_PX) | before

@@ -1,0 +1,104 @@
+"""The virtual clock of benchmarks.scaling, against what can be worked out by hand. Nothing here is about speed."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from benchmarks import scaling
+from benchmarks.scaling import SimulatedReplicas
+from engine.predict import TileBatch
+
+
+def batches(count: int) -> Iterator[TileBatch]:
+    for number in range(count):
+        zeros = np.zeros((1, 3, 2, 2), np.float32)
+        yield TileBatch(f"joint/t=1/20x/{number}", (number,), zeros, 1, 0.5, zeros, 0, 0.0)
+
+
+def replicas(seconds: list[float], call_s: float = 0.0, tick: float = 0.0, barriers: bool = False) -> SimulatedReplicas:
+    """Replicas whose coordinator's clock goes on by `tick` each time it is looked at."""
+    times = iter(range(10**6))
+    return SimulatedReplicas(np.array(seconds), call_s, barriers, clock=lambda: next(times) * tick)
+
+
+@pytest.mark.parametrize(("count", "workers"), [(1, 1), (12, 4), (13, 4), (3, 8)])
+def test_a_free_coordinator_leaves_only_the_compute(count: int, workers: int) -> None:
+    r = replicas([0.2] * workers)
+    assert [a.key for a in r.denoise(batches(count))] == [b.key for b in batches(count)]
+    assert r.now == pytest.approx(math.ceil(count / workers) * 0.2)
+    assert (r.busy_s, r.batches) == (0.0, count)
+
+
+def test_a_slow_coordinator_is_what_limits() -> None:
+    r = replicas([0.2] * 50, call_s=0.1)
+    list(r.denoise(batches(30)))
+    assert r.now == pytest.approx(30 * 0.1 + 0.2)
+    assert r.busy_s == pytest.approx(3.0)
+
+
+def test_the_coordinators_own_work_takes_time_once() -> None:
+    """One look at the clock before and one after each piece of work: to cut a batch, and to take an answer."""
+    r = replicas([1.0], tick=0.01)
+    list(r.denoise(batches(5)))
+    pieces = 1 + (5 + 1) + 5  # the beginning; the batches and the end of the source; the answers
+    assert r.busy_s == pytest.approx(pieces * 0.01)
+    assert 5.0 < r.now < 5.0 + r.busy_s  # most of it happens while the replica computes
+
+
+def test_time_never_runs_back_and_answers_come_after_their_compute() -> None:
+    r = replicas([0.3, 0.1, 0.2], call_s=0.01, tick=0.001)
+    seen = []
+    for _ in r.denoise(batches(20)):
+        r.start()
+        seen.append(r.now)
+        r.coordinated()
+    assert seen == sorted(seen)
+    assert seen[0] >= 0.1
+    rate = 1 / 0.3 + 1 / 0.1 + 1 / 0.2
+    assert r.now >= 20 / rate  # nobody computes faster than its speed
+
+
+def test_batches_that_wait_for_answers_are_asked_for_again() -> None:
+    """The second half is there when the first is answered: a barrier in the data costs one batch's time."""
+    taken = 0
+
+    def source() -> Iterator[TileBatch | None]:
+        for number, batch in enumerate(batches(8)):
+            while number >= 4 and taken < 4:
+                yield None
+            yield batch
+
+    r = replicas([0.2] * 8)
+    for _ in r.denoise(source()):
+        taken += 1
+    assert (taken, r.now) == (8, pytest.approx(0.4))
+
+
+def test_barriers_hold_the_next_step_back() -> None:
+    def two_steps() -> Iterator[TileBatch]:
+        for t in (2, 1):
+            zeros = np.zeros((1, 3, 2, 2), np.float32)
+            for number in range(3):
+                yield TileBatch(f"joint/t={t}/20x/{number}", (number,), zeros, t, 0.5, zeros, 0, 0.0)
+
+    spent = []
+    for barriers in (False, True):
+        r = replicas([0.2, 0.2], barriers=barriers)
+        list(r.denoise(two_steps()))
+        spent.append(r.now)
+    assert spent == pytest.approx([0.6, 0.8])
+
+
+def test_figures_hang_together() -> None:
+    row = scaling.measure(512, np.full(2, 5.0), 0.002, steps=4, clock="cpu")
+    compute = float(row["batches_per_step"]) * 5.0  # type: ignore[arg-type]
+    efficiency, passed = float(row["efficiency"]), float(row["seconds_per_step"])  # type: ignore[arg-type]
+    assert efficiency == pytest.approx(compute / (2 * passed))
+    assert 0.3 < efficiency <= 1
+    assert row["batches_per_step"] == 3  # the guide's tile, its decoding, and nine tiles
+    assert 0.9 * efficiency <= float(row["steady_efficiency"]) <= 1.01  # type: ignore[arg-type]
+    assert row["coordinator_busy"] == pytest.approx(float(row["coordinator_s_per_step"]) / passed)  # type: ignore[arg-type]
+    assert row["saturates_at_replicas"] == pytest.approx(compute / float(row["coordinator_s_per_step"]))  # type: ignore[arg-type]
+    assert row["canvas_megabytes_per_step"] == pytest.approx(3 * 3 * 4 * (128**2 + 64**2) / 1e6)
