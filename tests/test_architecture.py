@@ -17,7 +17,7 @@ FLOORS = (
     "bags",
     "bag_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode",
+    "predict pointwise guidance decode features",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot replay training patches",
     "parity train sample export",
