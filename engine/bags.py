@@ -87,6 +87,11 @@ class BagFile:
             raise BagError(f"{self.path} holds {', '.join(self.scales)}; got {scale!r}. Choose one of them.")
         return self._shapes[scale]
 
+    @property
+    def dtype(self) -> str:
+        """Of features on disk: "float32" or "float16"."""
+        return self._dataset(self.scales[0], "features").dtype.name
+
     def features(self, scale: str, rows: Rows | None = None) -> NDArray[Any]:
         """Return features (n, D): all, a slice, or rows by number in any order; NaN where `valid` is 0."""
         return self._read(scale, "features", rows)
@@ -115,9 +120,8 @@ class BagFile:
 
     def plan(self) -> BagPlan:
         """Return all but the features."""
-        first = self._dataset(self.scales[0], "features")
         scales = tuple(self.scale_of(name) for name in self.scales)
-        return BagPlan(self.attributes, scales, first.shape[1], first.dtype.name)
+        return BagPlan(self.attributes, scales, self.shape(self.scales[0])[1], self.dtype)
 
     def close(self) -> None:
         """Close the file; the next question opens it again."""
