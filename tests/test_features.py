@@ -1,12 +1,15 @@
 """Features of tiles: a vector depends on its tile alone, and settings do what they say."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engine.bag_writer import write_bag
+from engine.bags import BagFile, BagScale
 from engine.errors import CheckpointError
 from engine.features import (
     DiffusionEncoder,
@@ -19,8 +22,9 @@ from engine.features import (
 )
 from engine.model.activations import block_widths
 from engine.model.encoders import load_encoder
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM, digest, tiny_config
 from engine.slides.phantom import Phantom
+from tests.known_bag import known_plan
 
 CONFIG = FeatureConfig(blocks=("mid", "up.0"), timestep=100, batch=4)
 
@@ -198,6 +202,19 @@ def test_attributes_say_what_was_used(demo: ZoomLDM) -> None:
     }
     ssl = load_encoder("demo", extras=demo.extras)
     assert SSLTileEncoder(ssl).attributes() == {"encoder": "demo", "weights_sha256": ssl.digest}
+
+
+def test_what_an_encoder_says_fits_a_bag(model: ZoomLDM, tiles: TilePixels, tmp_path: Path) -> None:
+    encoder = DiffusionEncoder(model, CONFIG)
+    plan = known_plan(**encoder.attributes())
+    scale = BagScale("20x", 0.5, (512.0, 512.0), tiles.coords)
+    path = write_bag(
+        tmp_path / "a.h5", replace(plan, scales=(scale,), width=encoder.dim), {"20x": encoder.encode(tiles)}
+    )
+    with BagFile(path) as bag:
+        assert bag.attributes.weights_sha256 == digest(model)
+        assert bag.attributes.block == "mid,up.0"
+        np.testing.assert_array_equal(bag.features("20x"), encoder.encode(tiles))
 
 
 def test_nan_features_are_refused_and_placed(tiles: TilePixels) -> None:
