@@ -5,6 +5,8 @@ EngineError
 ├── CanvasError          the canvas on disk is damaged or cannot be written
 │   └── CanvasMismatchError   the folder holds a run of another plan
 ├── DeviceMemoryError    a batch does not fit into the memory of its device
+├── BagError             a feature bag is damaged, refused or cannot be named
+│   └── BagMismatchError      the bag or its unfinished blocks were made with other settings
 ├── ReplicaLostError     a batch failed on its replicas too often
 └── ClusterError         Ray or its resources are not as asked for
 """
@@ -28,6 +30,14 @@ class CanvasMismatchError(CanvasError):
 
 class DeviceMemoryError(EngineError):
     """A batch in its planned shape does not fit into the memory of its device, even when that is cleared."""
+
+
+class BagError(EngineError):
+    """A feature bag is damaged, lacks rows, holds what no encoder returns, or has a name that cannot be used."""
+
+
+class BagMismatchError(BagError):
+    """The bag on disk, or its unfinished blocks, were made with other settings."""
 
 
 class ReplicaLostError(EngineError):

@@ -23,6 +23,7 @@ from engine.replay import (
     Expected,
     loosened,
     replay_decode_large,
+    replay_encoder,
     replay_joint,
     replay_panorama,
     replay_parts,
@@ -34,7 +35,7 @@ _HALF_FACTOR = {"bfloat16": 5e3, "float16": 1e3}
 """Tolerances of half precision, in units of float32's: 8 and 11 bits of mantissa against 24, measured, not derived."""
 _INPUT = ("summarizer.in.", "unet.x", "unet.t", "unet.context", "vae.image", "refine.noise.", "refine.x0_in",
           "refine.ssl_grid", "decode_large.latent", "panorama.noise.", "panorama.init.", "panorama.embeddings",
-          "x_T", "guide_x_T", "ssl_grid")  # fmt: skip
+          "x_T", "guide_x_T", "ssl_grid", "encoder.image")  # fmt: skip
 
 
 def is_input(name: str) -> bool:
@@ -61,6 +62,12 @@ def read_expected(folder: Path) -> Expected:
 
 def replay(folder: Path, dtype: str, device: str, expected: Expected) -> Iterator[Check]:
     """Yield a Check per reference that this version covers."""
+    half = _HALF_FACTOR.get(dtype)
+    if "encoder.image" in expected:
+        with torch.inference_mode():
+            checks = replay_encoder(folder, expected, device, _DTYPES[dtype])
+            yield from checks if half is None else loosened(checks, half)
+        return
     if not (folder / "weights.ckpt").exists() and not (folder / "config.json").exists():
         return
     with torch.inference_mode():
@@ -68,7 +75,6 @@ def replay(folder: Path, dtype: str, device: str, expected: Expected) -> Iterato
         raw = None
         if "unet.eps_raw" in expected:
             raw = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype], weights="raw")
-        half = _HALF_FACTOR.get(dtype)
         parts = replay_parts(model, raw, expected)
         yield from parts if half is None else loosened(parts, half)
         if half is None:

@@ -9,17 +9,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export")
+COMMANDS = (
+    "generate_large",
+    "engine.parity",
+    "engine.train",
+    "engine.sample",
+    "engine.export",
+    "engine.export_features",
+)
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
     "interruption writers",
-    "latents objects lease storage object_storage",
+    "latents objects lease storage object_storage bag_plan",
+    "bags",
+    "bag_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode window",
+    "predict pointwise guidance decode window features",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches",
-    "parity train sample export",
+    "parity train sample export export_features",
 )
 MAX_FILE, MAX_FUNCTION = 300, 50
 

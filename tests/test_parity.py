@@ -18,7 +18,7 @@ def replay(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tup
 
 
 @pytest.mark.timeout(1800)  # two float64 joint steps take minutes on one core
-@pytest.mark.parametrize("name", ["panorama", "zoomldm"])
+@pytest.mark.parametrize("name", ["encoder", "panorama", "zoomldm"])
 def test_the_published_implementations_are_met(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if not (SHARED / name).is_dir():
         pytest.skip(f"the reference activations are not at {SHARED}; set ZOOMLDM_SHARED")
@@ -86,3 +86,11 @@ def test_damaged_references_are_refused(folder: Path, capsys: pytest.CaptureFixt
     file.write_bytes(file.read_bytes()[:100])
     assert main([str(folder)]) == 1
     assert "must be a whole safetensors file" in capsys.readouterr().err
+
+
+def test_an_encoder_without_its_sizes_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {"encoder.image": torch.zeros(1, 3, 224, 224), "encoder.cls": torch.zeros(1, 48)}
+    save_file(expected, tmp_path / "expected.safetensors")
+    (tmp_path / "config.json").write_text('{"embed_dim": 48}')
+    assert main([str(tmp_path)]) == 1
+    assert "must say the encoder's embed_dim, depth, num_heads and patch_size" in capsys.readouterr().err

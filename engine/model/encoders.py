@@ -1,4 +1,4 @@
-"""SSL encoders by name: the demo's own, UNI and DINOv2, from the model folder, a local folder or the Hub.
+"""SSL encoders by name: the demo's own, UNI, DINOv2 and Phikon, from the model folder, a local folder or the Hub.
 
 It does not know networks (demo_encoder.py, vit_encoder.py) or pictures (reference.py). Nothing is substituted: an
 encoder that is not there is an error, because vectors of another network mean nothing to the conditioner.

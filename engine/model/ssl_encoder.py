@@ -19,7 +19,7 @@ class SSLEncoder(Protocol):
 
     @property
     def id(self) -> str:
-        """The name the model config knows it by: "demo", "uni", "dinov2-reg-l"."""
+        """The name the model config knows it by: "demo", "uni", "dinov2-reg-l", "phikon"."""
         ...
 
     @property

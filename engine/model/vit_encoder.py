@@ -1,10 +1,11 @@
-"""The published SSL encoders, vision transformers: UNI and DINOv2 with registers, on transformers' Dinov2 classes.
+"""The published SSL encoders, vision transformers on transformers' classes: UNI, DINOv2 with registers, Phikon.
 
 Invariant: every tensor of the file is used and every parameter of the network comes from the file, or it is refused.
 It does not know where files come from (hub.py). timm and torchvision are not needed: timm's ViT with layer scale is
 DINOv2's, apart from names and the fused qkv matrix.
-Source: UNI, Chen et al. 2024 (MahmoodLab/UNI); DINOv2 with registers, Darcet et al. 2024. Input of both: 224 px,
-ImageNet mean and deviation; output: the class token after the final norm.
+Source: UNI, Chen et al. 2024 (MahmoodLab/UNI); DINOv2 with registers, Darcet et al. 2024; Phikon, Filiot et al. 2023
+(owkin/phikon, an iBOT ViT-B/16). Input: 224 px, ImageNet mean and deviation; output: the class token after the
+final norm.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from engine.model.checkpoint import load_tensors
 from engine.model.ssl_encoder import digest_of, require_cells
@@ -37,8 +45,11 @@ _RENAMED = (
     (".attention.attention.key.", ".attention.k_proj."),
     (".attention.attention.value.", ".attention.v_proj."),
     (".attention.output.dense.", ".attention.o_proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+    ("encoder.layer.", "layers."),
 )
-"""Names in files on the Hub → names inside later 5.x releases of transformers."""
+"""Names in files on the Hub → names inside later 5.x releases of transformers; applied in this order."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,7 @@ class PublishedViT:
     patch_px: int
     grid_px: int
     registers: int = 0
+    layer_scale: bool = True
 
 
 UNI = PublishedViT("uni", "UNI", "MahmoodLab/UNI", "pytorch_model.bin", "timm", 1024, 24, 16, 16, 224)
@@ -75,14 +87,27 @@ DINOV2_REG_L = PublishedViT(
     518,
     registers=4,
 )
-PUBLISHED = {spec.id: spec for spec in (UNI, DINOV2_REG_L)}
+PHIKON = PublishedViT(
+    "phikon",
+    "Phikon",
+    "owkin/phikon",
+    "model.safetensors",
+    "transformers",
+    768,
+    12,
+    12,
+    16,
+    224,
+    layer_scale=False,
+)
+PUBLISHED = {spec.id: spec for spec in (UNI, DINOV2_REG_L, PHIKON)}
 
 
 class ViTEncoder:
     """A vision transformer behind the SSLEncoder protocol, frozen, on one device in one dtype."""
 
     def __init__(self, id: str, network: nn.Module, width: int) -> None:
-        """Take a Dinov2Model-like network (224 px in, `pooler_output` of `width` out) with its weights loaded."""
+        """Take a network of transformers (224 px in, tokens of `width` out, the class first) with its weights."""
         self.id, self.dim = id, width
         self.network = network.eval().requires_grad_(False)
 
@@ -102,7 +127,7 @@ class ViTEncoder:
             return torch.empty(0, self.dim)
         weight = next(self.network.parameters())
         pixels = normalise(images.to(weight.device)).to(weight.dtype)
-        return self.network(pixel_values=pixels).pooler_output.float().cpu()
+        return self.network(pixel_values=pixels).last_hidden_state[:, 0].float().cpu()
 
 
 def normalise(images: Tensor) -> Tensor:
@@ -134,14 +159,17 @@ def build_vit(spec: PublishedViT) -> nn.Module:
         "num_attention_heads": spec.heads,
         "patch_size": spec.patch_px,
         "image_size": spec.grid_px,
-        "mlp_ratio": 4,
         "layer_norm_eps": 1e-6,
     }
     with torch.device("meta"):
+        if not spec.layer_scale:
+            return ViTModel(ViTConfig(**sizes, intermediate_size=4 * spec.width), add_pooling_layer=False)
         if spec.registers:
-            return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**sizes, num_register_tokens=spec.registers))
+            return Dinov2WithRegistersModel(
+                Dinov2WithRegistersConfig(**sizes, mlp_ratio=4, num_register_tokens=spec.registers)
+            )
         # timm's networks have no token for masked training.
-        return Dinov2Model(Dinov2Config(**sizes, use_mask_token=False))
+        return Dinov2Model(Dinov2Config(**sizes, mlp_ratio=4, use_mask_token=False))
 
 
 def load_weights(
@@ -169,8 +197,8 @@ def load_weights(
 def _spell(name: str, known: Mapping[str, torch.Size]) -> str:
     """Return the name as the installed transformers spells it."""
     for published, current in _RENAMED:
-        if name not in known and published in name:
-            return name.replace(published, current)
+        if name not in known:
+            name = name.replace(published, current)
     return name
 
 

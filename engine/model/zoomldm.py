@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.model import checkpoint, hub, store
+from engine.model.activations import block_means, check_blocks
 from engine.model.config import ConditionerConfig, ModelConfig, tiny_config
 from engine.model.networks import Networks, build_networks
 
@@ -149,6 +150,18 @@ class ZoomLDM(nn.Module):
         both = self._network(sample.repeat(2, 1, 1, 1), time.repeat(2), torch.cat([tokens, null]))
         cond, uncond = both.to(x_t).chunk(2)
         return self._as_eps((1 + w) * cond - w * uncond, x_t, time)
+
+    def features(self, x_t: Tensor, t: int | Tensor, context: Tensor, blocks: Sequence[str]) -> Tensor:
+        """Return the spatial means of U-Net activations at `x_t` (B, 3, h, w): float32 (B, ΣC), blocks side by side.
+
+        `blocks` are names of `activations.block_widths`; what comes after the last of them is not computed.
+        Raises: ValueError for an unknown block.
+        """
+        check_blocks(self.config, blocks)
+        weight = self.unet.conv_in.weight
+        time = torch.as_tensor(t, device=weight.device).expand(x_t.shape[0])
+        sample, tokens = x_t.to(weight.device, weight.dtype), context.to(weight.device, weight.dtype)
+        return block_means(self.unet, blocks, sample, time, tokens)
 
     def _as_eps(self, output: Tensor, x_t: Tensor, time: Tensor) -> Tensor:
         """Turn the network's output into noise: itself, or √ᾱ·v + √(1 − ᾱ)·x_t for v-prediction."""

@@ -20,7 +20,7 @@ from engine.model import encoders
 from engine.model.demo_encoder import RAW_DIM, SQUASH, DemoEncoder, _derivative_filters, raw_features
 from engine.model.encoders import EMBEDDED, ENCODERS, SSLEncoder, load_encoder
 from engine.model.ssl_encoder import digest_of
-from engine.model.vit_encoder import DINOV2_REG_L, UNI, build_vit, load_vit, load_weights, normalise
+from engine.model.vit_encoder import DINOV2_REG_L, PHIKON, UNI, build_vit, load_vit, load_weights, normalise
 from engine.slides.phantom import Phantom
 
 DIM = 32
@@ -47,6 +47,7 @@ RAW_OF_WAVES = [
 """Every seventh raw feature of waves()."""
 TINY_DINO = replace(DINOV2_REG_L, width=24, depth=1, heads=3, grid_px=70)
 TINY_UNI = replace(UNI, width=24, depth=1, heads=3)
+TINY_PHIKON = replace(PHIKON, width=24, depth=2, heads=3)
 
 
 def tissue(seed: int, side: int = 4) -> Tensor:
@@ -276,6 +277,42 @@ def test_dino_with_registers_loads(tmp_path: Path, dtype: torch.dtype) -> None:
     assert next(encoder.network.parameters()).dtype == dtype
 
 
+PUBLISHED_VIT_NAMES = (
+    ("layers.", "encoder.layer."),
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+    (".mlp.fc1.", ".intermediate.dense."),
+    (".mlp.fc2.", ".output.dense."),
+)
+"""Names inside the installed transformers → names in the files of ViTModel on the Hub."""
+
+
+def test_phikon_loads_under_its_published_names_and_answers_with_the_class_token(tmp_path: Path) -> None:
+    weights = random_weights(TINY_PHIKON)
+    published = {}
+    for name, value in weights.items():
+        for ours, theirs in PUBLISHED_VIT_NAMES:
+            name = name.replace(ours, theirs)  # noqa: PLW2901
+        published[name] = value
+    assert "encoder.layer.1.attention.attention.query.weight" in published
+    assert "encoder.layer.1.output.dense.bias" in published
+    save_file(published, tmp_path / PHIKON.filename)
+    encoder = load_vit(TINY_PHIKON, tmp_path)
+    network = build_vit(TINY_PHIKON)
+    network.load_state_dict(weights, assign=True)
+    cells = tissue(1, side=1)
+    with torch.inference_mode():
+        expected = network.eval()(pixel_values=normalise(cells)).last_hidden_state[:, 0]
+    torch.testing.assert_close(encoder.encode(cells), expected)
+    assert (encoder.id, encoder.dim) == ("phikon", 24)
+
+
+def test_the_full_phikon_has_the_parameters_of_a_vit_b() -> None:
+    assert sum(p.numel() for p in build_vit(PHIKON).parameters()) == 85_798_656
+
+
 def test_pictures_are_normalised_as_imagenet() -> None:
     pixels = normalise(white())
     assert pixels.shape == (1, 3, 224, 224)
@@ -336,7 +373,9 @@ def test_an_unknown_encoder_names_the_nearest(id: str, hint: str) -> None:
         load_encoder(id)
 
 
-@pytest.mark.parametrize(("id", "word"), [("demo", "demo encoder"), ("uni", "UNI's"), ("dinov2-reg-l", "DINOv2")])
+@pytest.mark.parametrize(
+    ("id", "word"), [("demo", "demo encoder"), ("uni", "UNI's"), ("dinov2-reg-l", "DINOv2"), ("phikon", "Phikon")]
+)
 def test_a_folder_without_the_file_is_refused(tmp_path: Path, id: str, word: str) -> None:
     with pytest.raises(CheckpointError, match=f"--model.encoder_source must be a .*{word}.*has none"):
         load_encoder(id, source=tmp_path)
@@ -375,4 +414,4 @@ def test_weights_come_from_the_hub_otherwise(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_nothing_needs_timm_or_torchvision() -> None:
     assert not {"timm", "torchvision"} & set(sys.modules)
-    assert ENCODERS == ("demo", "uni", "dinov2-reg-l")
+    assert ENCODERS == ("demo", "uni", "dinov2-reg-l", "phikon")
