@@ -35,15 +35,17 @@ class GridConfig:
     min_tissue: float = 0.25
     """A 20x tile is kept when at least this share of its field is tissue; a 5x tile when any of its children is."""
     edge: Literal["drop", "pad"] = "pad"
-    """At the right and lower edge of the slide. drop: a 20x tile must lie wholly on the slide. pad: what lies beyond counts
-    as glass and is white and invalid in the pixels. Parents may reach beyond the edge either way, or their children
-    would be lost."""
+    """At the right and lower edge of the slide. drop: a 20x tile must lie wholly on the slide. pad: what lies beyond
+    counts as glass, and is white and invalid in the pixels. Parents may reach beyond the edge either way, or their
+    children would be lost."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.mpp) and self.mpp > 0):
             raise ValueError(f"mpp must be positive (µm/px); got {self.mpp}. 20x is 0.5.")
         if not 0 < self.min_tissue <= 1:
-            raise ValueError(f"min_tissue must lie in (0, 1], a share of the tile; got {self.min_tissue}. 0.25 is usual.")
+            raise ValueError(
+                f"min_tissue must lie in (0, 1], a share of the tile; got {self.min_tissue}. 0.25 is usual."
+            )
         if self.edge not in ("drop", "pad"):
             raise ValueError(f"edge must be drop or pad; got {self.edge!r}.")
 
@@ -138,9 +140,9 @@ def check_fine_enough(slide: Slide, mpp: float) -> None:
     if max(slide.resolution.mpp_x, slide.resolution.mpp_y) > mpp * MAX_ENLARGEMENT:
         raise SlideError(
             "too_coarse",
-            f"{slide.name}: for tiles of {mpp:g} µm/px a slide must have at most {mpp * MAX_ENLARGEMENT:.4g} µm/px; it has "
-            f"{slide.resolution.mpp_x:.4g} x {slide.resolution.mpp_y:.4g} ({slide.resolution.source}). Detail that was "
-            "not scanned cannot be read; leave the slide out, or correct its µm/px in the overrides table.",
+            f"{slide.name}: for tiles of {mpp:g} µm/px a slide must have at most {mpp * MAX_ENLARGEMENT:.4g} µm/px; it "
+            f"has {slide.resolution.mpp_x:.4g} x {slide.resolution.mpp_y:.4g} ({slide.resolution.source}). Detail "
+            "that was not scanned cannot be read; leave the slide out, or correct its µm/px in the overrides table.",
         )
 
 

@@ -230,7 +230,9 @@ def _open_levels(path: Path, name: str) -> Levels:
             raise SlideError("empty_file", f"{name}: {path} must hold a slide; it has 0 bytes. Copy it again.")
         return _opener(path, head)(path, name)
     except FileNotFoundError as error:
-        raise SlideError("missing", f"{name}: there must be a slide at {path}; there is nothing. Check the path.") from error
+        raise SlideError(
+            "missing", f"{name}: there must be a slide at {path}; there is nothing. Check the path."
+        ) from error
     except PermissionError as error:
         raise SlideError(
             "no_permission", f"{name}: {path} must be readable by you ({error.strerror}). Allow it (chmod)."
@@ -240,7 +242,7 @@ def _open_levels(path: Path, name: str) -> Levels:
 
 
 def _opener(path: Path, head: bytes) -> Callable[[Path, str], Levels]:
-    """Choose who reads a file: for plain TIFF what benchmarks/reading.py found faster, OpenSlide where it knows more."""
+    """Choose who reads a file: for plain TIFF the faster (benchmarks/reading.py), OpenSlide where it knows more."""
     if head.startswith((picture.PNG, picture.JPEG)):
         return picture.open_picture
     maker = vendor.vendor_of(path)
@@ -250,7 +252,8 @@ def _opener(path: Path, head: bytes) -> Callable[[Path, str], Levels]:
     if maker is None:
         raise SlideError(
             "not_a_slide",
-            f"{path.name}: a slide must be a format of OpenSlide, TIFF, OME-Zarr, PNG or JPEG; it begins with {head!r}.",
+            f"{path.name}: a slide must be a format of OpenSlide, TIFF, OME-Zarr, PNG or JPEG; it begins "
+            f"with {head!r}.",
         )
     return vendor.open_vendor
 

@@ -57,16 +57,19 @@ class TissueMask:
         """Share of the slide that is tissue."""
         return float(self.mask.mean())
 
-    def share(
-        self, x: NDArray[np.floating], y: NDArray[np.floating], w: float, h: float
-    ) -> NDArray[np.float64]:
+    def share(self, x: NDArray[np.floating], y: NDArray[np.floating], w: float, h: float) -> NDArray[np.float64]:
         """Return which share of w × h fields (level-0 px, corners x and y, broadcast) is tissue.
 
         What lies beyond the slide is none.
         """
         total = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1))
         np.cumsum(np.cumsum(self.mask, axis=0, dtype=np.float64), axis=1, out=total[1:, 1:])
-        left, right, top, bottom = x / self.scale[0], (x + w) / self.scale[0], y / self.scale[1], (y + h) / self.scale[1]
+        left, right, top, bottom = (
+            x / self.scale[0],
+            (x + w) / self.scale[0],
+            y / self.scale[1],
+            (y + h) / self.scale[1],
+        )
         inside = _sum_to(total, bottom, right) - _sum_to(total, top, right)
         inside += _sum_to(total, top, left) - _sum_to(total, bottom, left)
         return inside / (w / self.scale[0] * (h / self.scale[1]))
@@ -170,7 +173,7 @@ class StainTissue:
         density[:, ink | ~usable] = 0  # as glass
         fine, wide = (colour_of(density, um / px) for um in (self.FINE_UM, self.WIDE_UM))
         threshold = float(np.clip(threshold_otsu(fine[usable]), self.LOWEST, self.HIGHEST))
-        # Fat is thin walls around glass: seen at a wide look, which also spreads over borders, so that rim is taken back.
+        # Fat is thin walls around glass: a wide look sees it, and spreads over borders; that rim is taken back.
         loose = _shrink(wide > self.LOOSE, self.RIM_UM / px)
         found = (fine > threshold) | loose
         found = _shrink(_grow(found, self.CLOSING_UM / px), self.CLOSING_UM / px)
@@ -222,7 +225,7 @@ def _shrink(mask: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
 
 def _without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     """Return a mask without connected parts below an area."""
-    labels, _ = ndimage.label(mask)  # type: ignore[misc]
+    labels: NDArray[np.int32] = np.asarray(ndimage.label(mask)[0])  # type: ignore[index]
     large = np.bincount(labels.ravel()) >= area_px
     large[0] = False
     return large[labels]

@@ -38,7 +38,8 @@ def open_ngff(path: Path, name: str) -> "ArrayLevels":
         ) from error
     if not {"y", "x"} <= set(axes) or any(n != 1 for a, n in zip(axes, shape, strict=True) if a not in "cyx"):
         raise SlideError(
-            "unsupported", f"{name}: a slide must be one picture of axes c, y, x; it has {axes} of {shape}. Export one plane."
+            "unsupported",
+            f"{name}: a slide must be one picture of axes c, y, x; it has {axes} of {shape}. Export one plane.",
         )
     channels = shape[axes.index("c")] if "c" in axes else 1
     check_rgb(name, channels, arrays[0].dtype.itemsize * 8, "RGB" if channels == 3 else "greyscale")

@@ -37,7 +37,9 @@ def open_picture(path: Path, name: str) -> "PictureLevels":
             )
         pixels = imagecodecs.png_decode(data) if data.startswith(PNG) else simplejpeg.decode_jpeg(data, "RGB")
     except UNREADABLE as error:
-        raise SlideError("damaged", f"{name}: {path} must be whole; it cannot be decoded ({error}). Copy it again.") from error
+        raise SlideError(
+            "damaged", f"{name}: {path} must be whole; it cannot be decoded ({error}). Copy it again."
+        ) from error
     return PictureLevels(np.asarray(pixels))
 
 

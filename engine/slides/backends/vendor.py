@@ -45,7 +45,8 @@ class VendorLevels:
             self._slide = openslide.OpenSlide(path)
         except (openslide.OpenSlideError, OSError) as error:
             raise SlideError(
-                "not_a_slide", f"{name}: {path} must be a whole slide; OpenSlide cannot open it ({error}). Copy it again."
+                "not_a_slide",
+                f"{name}: {path} must be a whole slide; OpenSlide cannot open it ({error}). Copy it again.",
             ) from error
         self.sizes = tuple((h, w) for w, h in self._slide.level_dimensions)
         self._downsamples = self._slide.level_downsamples
@@ -86,9 +87,7 @@ class VendorLevels:
                 "vanished", f"{self._name}: {self._path} can no longer be read ({error}). Is its disk there?"
             ) from error
 
-    def _try(
-        self, slide: openslide.OpenSlide, level: int, y: int, x: int, h: int, w: int
-    ) -> NDArray[np.uint8] | None:
+    def _try(self, slide: openslide.OpenSlide, level: int, y: int, x: int, h: int, w: int) -> NDArray[np.uint8] | None:
         factor = self._downsamples[level]
         try:
             return np.asarray(slide.read_region((round(x * factor), round(y * factor)), level, (w, h)))
