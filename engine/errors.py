@@ -4,6 +4,8 @@ EngineError
 ├── CheckpointError      a checkpoint is missing, foreign, damaged or hostile
 ├── CanvasError          the canvas on disk is damaged or cannot be written
 │   └── CanvasMismatchError   the folder holds a run of another plan
+├── BagError             a feature bag is damaged, refused or cannot be named
+│   └── BagMismatchError      the bag or its unfinished blocks were made with other settings
 ├── ReplicaLostError     a batch failed on its replicas too often
 └── ClusterError         Ray or its resources are not as asked for
 """
@@ -23,6 +25,14 @@ class CanvasError(EngineError):
 
 class CanvasMismatchError(CanvasError):
     """The output folder holds a run of another plan."""
+
+
+class BagError(EngineError):
+    """A feature bag is damaged, lacks rows, holds what no encoder returns, or has a name that cannot be used."""
+
+
+class BagMismatchError(BagError):
+    """The bag on disk, or its unfinished blocks, were made with other settings."""
 
 
 class ReplicaLostError(EngineError):

@@ -13,6 +13,9 @@ COMMANDS = ("generate_large", "engine.parity", "engine.train", "engine.sample", 
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments",
+    "bag_plan",
+    "bags",
+    "bag_writer",
     "canvas canvas_view image exports report reference model slides",
     "predict pointwise guidance decode",
     "sampler",
