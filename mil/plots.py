@@ -112,7 +112,7 @@ def calibration_plot(calibration: Mapping[str, Any], found: Predictions) -> Figu
         groups = [found.probability[found.labels == label] for label in (0, 1)]
         counts.hist(groups, bins=edges, stacked=True, color=[FOLD_COLOUR, MODEL_COLOUR], label=["negative", "positive"])
         counts.set(xlabel="predicted probability", ylabel="patients")
-        counts.legend(frameon=False, fontsize=6.5, loc="upper center", ncols=2)
+        axes.legend(*counts.get_legend_handles_labels(), frameon=False, fontsize=7.5, loc="upper left")
     return figure
 
 
