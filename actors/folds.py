@@ -33,7 +33,7 @@ def do_jobs(
         raise error.cause if isinstance(error.cause, Exception) else error from None
     except WorkerCrashedError as error:
         raise ReplicaLostError(
-            f"a job must end on one of {attempts} workers; each died ({error}). Look for lack of memory: lower memory_mb."
+            f"a job must end on one of {attempts} workers; each died ({error}). If memory ran out, lower memory_mb."
         ) from error
     finally:
         for left in pending:

@@ -30,7 +30,7 @@ class MeanPoolClassifier(ClassifierMixin, BaseEstimator):
     def fit(
         self, bags: Sequence[Any], y: Sequence[Any], groups: Any = None, validation_set: Part | None = None
     ) -> Self:
-        """Fit on bags with labels y; `validation_set` calibrates and chooses the threshold, else the training bags do."""
+        """Fit on bags with labels y; `validation_set` (else these bags) calibrates and chooses the threshold."""
         del groups  # the regression has no part that is set apart
         labels = np.asarray(y)
         self.classes_ = np.unique(labels)

@@ -41,7 +41,7 @@ def fit_calibration(logit: NDArray[np.floating], labels: NDArray) -> Calibration
 
 
 def choose_threshold(probability: NDArray[np.float64], labels: NDArray) -> float:
-    """Return the threshold with the best balanced accuracy: half-way between two neighbours, the one nearest 0.5 of equals."""
+    """Return the threshold of best balanced accuracy, half-way between neighbours; of equals, the one nearest 0.5."""
     y = np.asarray(labels).astype(bool)
     values = np.unique(probability)
     candidates = np.concatenate([[values[0] / 2], (values[1:] + values[:-1]) / 2, [(1 + values[-1]) / 2]])

@@ -19,7 +19,17 @@ from mil.calibration import Calibration, choose_threshold, fit_calibration
 from mil.dataset import Bag, as_bags
 from mil.errors import CohortError, SplitError
 from mil.models import BagModel, ModelConfig, build_model
-from mil.training import BagTraining, EpochRecord, Part, Precision, TrainingConfig, attention_of, fit_scale, judge, reproducible
+from mil.training import (
+    BagTraining,
+    EpochRecord,
+    Part,
+    Precision,
+    TrainingConfig,
+    attention_of,
+    fit_scale,
+    judge,
+    reproducible,
+)
 
 Watch = Callable[[EpochRecord], None]
 
@@ -30,7 +40,7 @@ def choose_device(name: str) -> torch.device:
 
 
 class MILClassifier(ClassifierMixin, BaseEstimator):
-    """Two classes of bags. `fit` sets apart validation patients, which stop the training, calibrate and choose the threshold.
+    """Two classes of bags. `fit` sets validation patients apart, to stop the training, calibrate and choose the threshold.
 
     Parameters are those of TrainingConfig and ModelConfig; `widths` are the lengths of the scales that instances are
     joined from (None: the bags say), needed by "abmil_branches" for plain arrays.
@@ -101,8 +111,8 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         for bag in found:
             if bag.widths != self.model_.config.widths and sum(bag.widths) != self.model_.config.width:
                 raise CohortError(
-                    f"bags must be {self.model_.config.width} wide, as in training; {bag.name} is {sum(bag.widths)}. Use "
-                    "the same encoder and scales."
+                    f"bags must be {self.model_.config.width} wide, as in training; {bag.name} is {sum(bag.widths)}. "
+                    "Use the same encoder and scales."
                 )
         with reproducible(self.seed, self.deterministic):
             return self._judge(found)

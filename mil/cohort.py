@@ -128,8 +128,8 @@ def match_features(
     absent = [slide.name for slide in cohort.slides if slide.name not in files]
     if absent and not skip_missing:
         raise CohortError(
-            f"every labelled slide must have features; {len(absent)} of {len(cohort.slides)} have none: {_some(absent)}."
-            f"{_ending_hint(absent, files)} Extract them, or pass --skip_missing true to go on without them."
+            f"every labelled slide must have features; {len(absent)} of {len(cohort.slides)} have none: "
+            f"{_some(absent)}.{_ending_hint(absent, files)} Extract them, or pass --skip_missing true to go on without them."
         )
     left_out = [*cohort.left_out, *((name, "no features file") for name in absent)]
     slides: list[Slide] = []

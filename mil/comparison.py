@@ -138,4 +138,3 @@ def difference_plot(result: Comparison) -> Figure:
     """Draw every paired difference; an interval that crosses the line is no difference."""
     rows = [(f"{p.first} − {p.second}", asdict(p.delta), plots.MODEL_COLOUR) for p in result.pairs]
     return plots.interval_plot(rows, "difference of AUROC with 95 % interval (paired)", 0.0)
-

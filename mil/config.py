@@ -17,7 +17,7 @@ class ModelSection:
     name: Literal["abmil", "clam_sb", "dsmil", "transmil"] = "abmil"
     """abmil (gated attention), clam_sb, dsmil or transmil. The mean-pool baseline is always made as well."""
     fusion: Literal["join", "branches"] = "join"
-    """With several scales: join each fine tile with its coarse parent's vector, or one attention branch per scale (abmil)."""
+    """With several scales: join each fine tile with its parent's vector, or an attention branch per scale (abmil)."""
     hidden: int = 256
     """Width of an embedded instance."""
     attention: int = 128

@@ -151,7 +151,9 @@ class TensorFile:
         try:
             tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise BagError(f"{path} must be one tensor as CLAM saves it; reading failed ({error}). Remove it.") from error
+            raise BagError(
+                f"{path} must be one tensor as CLAM saves it; reading failed ({error}). Remove it."
+            ) from error
         if not isinstance(tensor, torch.Tensor) or tensor.ndim != 2:
             raise BagError(f"{path} must be one tensor (N, D); got {type(tensor).__name__}. Remove it.")
         self._tensor = tensor
@@ -238,7 +240,7 @@ def _files_in(folder: Path) -> dict[str, Path]:
 
 
 def joined_rows(file: FeatureFile, scales: Sequence[str]) -> list[NDArray[np.int64]]:
-    """Return, per scale asked for (fine to coarse), the row of each instance: a tile of the finest one, then its parents.
+    """Return each instance's row in each scale asked for (fine to coarse): a tile of the finest one, then its parents.
 
     Instances whose tile, or the parent's, could not be read are left out. Raises BagError for parents out of range.
     """

@@ -1,7 +1,7 @@
 """One fold of a study: train, judge validation and test patients, store the model, its answers and its attention.
 
-Invariant: a fold's folder appears whole or not at all, and its content follows from the job alone; so folds may be done in
-any order, by any process, again. It does not know who runs it.
+Invariant: a fold's folder appears whole or not at all, and its content follows from the job alone; so folds may be done
+in any order, by any process, again. It does not know who runs it.
 """
 
 import csv
@@ -119,7 +119,11 @@ def write_attention(
 
 
 def _write_predictions(
-    path: Path, parts: dict[str, Part], logits: dict[str, NDArray], classifier: MILClassifier, baseline: MeanPoolClassifier
+    path: Path,
+    parts: dict[str, Part],
+    logits: dict[str, NDArray],
+    classifier: MILClassifier,
+    baseline: MeanPoolClassifier,
 ) -> None:
     rows: list[dict[str, object]] = []
     for name, found in logits.items():
@@ -158,7 +162,9 @@ def read_predictions(folder: Path, part: str = "test", who: str = MODEL) -> Pred
             np.array([row[f"{who}_called"] == "1" for row in rows]),
         )
     except (OSError, KeyError, ValueError) as error:
-        raise RunError(f"{path} must hold the fold's predictions; it cannot be read ({error}). Train it again.") from error
+        raise RunError(
+            f"{path} must hold the fold's predictions; it cannot be read ({error}). Train it again."
+        ) from error
 
 
 def joined(found: Iterable[Predictions]) -> Predictions:

@@ -3,8 +3,8 @@
     python -m mil.heatmap runs/mil/hrd --slide SLIDE
     python -m mil.heatmap runs/mil/hrd --slide SLIDE --features features --picture thumbnail.jpg
 
-A slide that the study tested is drawn from the attention stored then; any other one needs --features, and is judged by all
-folds. Exit codes: 0 done, 1 failed, 2 wrong usage.
+A slide that the study tested is drawn from the attention stored then; any other one needs --features, and is judged by
+all folds. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 import io
@@ -84,7 +84,7 @@ def _read_group(group: h5py.Group, config: HeatmapConfig) -> AttentionMap:
     side = group.attrs.get("tile_level0_px", None if config.tile_level0_px is None else [config.tile_level0_px] * 2)
     if side is None:
         raise RunError(
-            f"the size of a tile of {config.slide} must be known; its features file does not say. Pass --tile_level0_px."
+            f"the tile size of {config.slide} must be known; its features file does not say. Pass --tile_level0_px."
         )
     size = group.attrs.get("level0_size")
     level0 = None if size is None else (int(size[0]), int(size[1]))
@@ -97,8 +97,8 @@ def computed_map(config: HeatmapConfig) -> AttentionMap:
     folds = load_models(Path(config.model), config.device)
     if config.features is None:
         raise RunError(
-            f"{config.slide} was not tested by {config.model}, so no attention of it is stored. Pass --features DIR, or "
-            "the name of a tested slide."
+            f"{config.slide} was not tested by {config.model}, so no attention of it is stored. Pass --features "
+            "DIR, or the name of a tested slide."
         )
     files = find_features(Path(config.features))
     if config.slide not in files:
@@ -127,11 +127,13 @@ def thumbnail_of(config: HeatmapConfig, found: AttentionMap) -> Image.Image | No
         picture = Image.open(path)
         picture.load()
     except (OSError, UnidentifiedImageError) as error:
-        raise RunError(f"--picture must be a PNG or JPEG of the whole slide; {path} cannot be read: {error}.") from error
+        raise RunError(
+            f"--picture must be a PNG or JPEG of the whole slide; {path} cannot be read: {error}."
+        ) from error
     if found.size is None:
         raise RunError(
-            f"a thumbnail needs the slide's size, which the features file of {config.slide} does not say. Leave --picture "
-            "out to draw on white."
+            f"a thumbnail needs the slide's size, which the features file of {config.slide} does not say. Leave "
+            "--picture out to draw on white."
         )
     ratio = (picture.width / picture.height) / (found.size[0] / found.size[1])
     if not 0.95 < ratio < 1.05:

@@ -31,7 +31,7 @@ class Predictions:
 
 
 def auroc(labels: NDArray, score: Floats, weights: Floats) -> Floats:
-    """Return the area under the ROC curve, ties counting half: labels, score (n,), weights (r, n) -> (r,), NaN if undefined."""
+    """Return the area under the ROC curve: labels, score (n,), weights (r, n) -> (r,); NaN for one class."""
     order = np.argsort(score, kind="stable")
     y, w = labels[order].astype(bool), weights[:, order]
     _, group = np.unique(score[order], return_inverse=True)

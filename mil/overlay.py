@@ -1,7 +1,7 @@
 """Attention drawn: a PNG over the slide's thumbnail, and GeoJSON for QuPath.
 
-Colours show ranks within the slide, 0 (least) to 1 (most attended): attention itself is so skewed that a few tiles would
-be all there is to see. GeoJSON carries the attention as well. It does not know models or runs.
+Colours show ranks within the slide, 0 (least) to 1 (most attended): attention itself is so skewed that a few tiles
+would be all there is to see. GeoJSON carries the attention as well. It does not know models or runs.
 Frames: coordinates are x, y of a tile's top left corner in level-0 px. Source of the GeoJSON form: QuPath 0.5's export.
 """
 

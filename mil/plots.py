@@ -1,6 +1,6 @@
 """The plots of reports and comparisons, as SVG text or PNG bytes; drawn by matplotlib without a display.
 
-Every curve is labelled in words, and colours differ in lightness too. It takes predictions and figures, and writes no file.
+Every curve is labelled in words, and colours differ in lightness too. It takes predictions and figures and writes no file.
 """
 
 import io
@@ -64,7 +64,9 @@ def pr_points(found: Predictions) -> tuple[np.ndarray, np.ndarray]:
     return hits / hits[-1], hits / (np.flatnonzero(last) + 1)
 
 
-def roc_plot(folds: Sequence[Predictions], model: Predictions, baseline: Predictions, legend: Mapping[str, str]) -> Figure:
+def roc_plot(
+    folds: Sequence[Predictions], model: Predictions, baseline: Predictions, legend: Mapping[str, str]
+) -> Figure:
     """Draw the ROC of each fold, of all, and of the baseline."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(4.0, 3.8)
@@ -79,7 +81,9 @@ def roc_plot(folds: Sequence[Predictions], model: Predictions, baseline: Predict
     return figure
 
 
-def pr_plot(folds: Sequence[Predictions], model: Predictions, baseline: Predictions, legend: Mapping[str, str]) -> Figure:
+def pr_plot(
+    folds: Sequence[Predictions], model: Predictions, baseline: Predictions, legend: Mapping[str, str]
+) -> Figure:
     """Draw precision against recall; the dotted line is the share of positives."""
     with mpl.rc_context(_STYLE):
         figure, axes = _figure(4.0, 3.8)

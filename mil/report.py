@@ -53,8 +53,8 @@ def _head(title: str, results: Mapping[str, Any]) -> str:
     lead = f"{NAMES[first]} {_interval(results['pooled'][MODEL][first])}, 95 % interval by bootstrap over patients"
     about = (
         f"{results['model']} on {' + '.join(results['scales'])}: {cohort['patients']} patients ({classes}), "
-        f"{cohort['slides']} slides, {cohort['instances']:,} instances. Encoder: {cohort['encoder'] or 'not recorded'}. "
-        "For research, not for diagnosis."
+        f"{cohort['slides']} slides, {cohort['instances']:,} instances. "
+        f"Encoder: {cohort['encoder'] or 'not recorded'}. For research, not for diagnosis."
     )
     return f"<h1>{page.escape(title)}</h1>" + page.paragraph(lead, "lead") + page.paragraph(about, "soft")
 
@@ -66,8 +66,8 @@ def _summary(results: Mapping[str, Any]) -> str:
         ["mean pool + logistic regression", *(_interval(results["pooled"][BASELINE][m]) for m in metrics)],
     ]
     note = (
-        "Pooled: every patient is judged once per repeat, by the fold that had not seen it; probabilities are calibrated "
-        "and thresholds chosen on each fold's validation patients. A lower Brier score is better."
+        "Pooled: every patient is judged once per repeat, by the fold that had not seen it; probabilities are "
+        "calibrated and thresholds chosen on each fold's validation patients. A lower Brier score is better."
     )
     return page.table(["", *(NAMES[m] for m in metrics)], rows) + page.paragraph(note, "soft")
 
@@ -179,8 +179,9 @@ def _left_out(results: Mapping[str, Any]) -> str:
 
 def _repeat(folder: Path) -> str:
     text = (
-        "config.yaml and task.yaml are the settings, splits.csv the split, labels the table as it was, environment.json "
-        "versions and command. The same features, settings and versions on the same kind of device give the same figures."
+        "config.yaml and task.yaml are the settings, splits.csv the split, labels the table as it was, "
+        "environment.json versions and command. The same features, settings and versions on the same kind of device give "
+        "the same figures."
     )
     again = f"python -m mil.train --config {folder / 'config.yaml'}"
     return page.paragraph(text) + f"<p><code>{page.escape(again)}</code></p>"

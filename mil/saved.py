@@ -56,7 +56,9 @@ class SavedFold:
 def save_fold(folder: Path, classifier: MILClassifier, facts: FoldFacts) -> None:
     """Write model.safetensors and fold.json into an existing folder."""
     model = classifier.model_
-    save_file({name: value.contiguous().cpu() for name, value in model.state_dict().items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.contiguous().cpu() for name, value in model.state_dict().items()}, folder / "model.safetensors"
+    )
     record = {
         "version": VERSION,
         **asdict(facts),
@@ -74,7 +76,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunError(f"{path} must say what the fold is; it cannot be read ({error}). Train the fold again.") from error
+        raise RunError(
+            f"{path} must say what the fold is; it cannot be read ({error}). Train the fold again."
+        ) from error
     if record.get("version") != VERSION:
         raise RunError(
             f"{path} must be of version {VERSION}; got {record.get('version')!r}, of another release. Use that one."
@@ -96,7 +100,9 @@ def load_fold(folder: Path, device: str = "auto") -> SavedFold:
     try:
         model.load_state_dict(load_file(path))
     except (OSError, SafetensorError, RuntimeError) as error:
-        raise RunError(f"{path} must hold the fold's weights; reading failed ({error}). Train the fold again.") from error
+        raise RunError(
+            f"{path} must hold the fold's weights; reading failed ({error}). Train the fold again."
+        ) from error
     params = {**record["classifier"], "widths": tuple(record["classifier"]["widths"]), "device": device}
     calibration = Calibration(**record["calibration"])
     classifier = restored(params, model.to(choose_device(device)), calibration, record["threshold"])

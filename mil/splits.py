@@ -1,7 +1,7 @@
 """Who is trained on, validated on and tested on: patients, never slides.
 
-Invariant: a Division that exists was checked: no patient, no site where sites are kept together, and no source patient of
-a synthetic slide is on both sides of a fold. Synthetic slides are only ever trained on. It does not know features.
+Invariant: a Division that exists was checked: no patient, no site where sites are kept together, and no source patient
+of a synthetic slide is on both sides of a fold. Synthetic slides are only ever trained on. It does not know features.
 Source of keeping sites together: Howard et al., Nature Communications 2021.
 """
 
@@ -49,7 +49,7 @@ class Fold:
 
 
 def kin(cohort: Cohort) -> dict[str, str]:
-    """Return, for each patient, a name shared by all who must stay together: those of synthetic slides and their sources.
+    """Return, for each patient, a name shared by all who must stay together: of synthetic slides and their sources.
 
     Raises: LeakageError for a synthetic slide that does not say from whom it was generated.
     """
@@ -63,8 +63,8 @@ def kin(cohort: Cohort) -> dict[str, str]:
     for slide in cohort.slides:
         if slide.synthetic and slide.source is None:
             raise LeakageError(
-                f"a synthetic slide must name the patient it was generated from; {slide.name} does not. Fill the column "
-                "source_patient (columns.source of the task), or leave the slide out."
+                f"a synthetic slide must name the patient it was generated from; {slide.name} does not. Fill the "
+                "column source_patient (columns.source of the task), or leave the slide out."
             )
         if slide.source is not None:
             first, second = sorted((find(slide.patient), find(slide.source)))
@@ -119,7 +119,9 @@ def _k_folds(labels: np.ndarray, groups: np.ndarray, count: int, seed: int) -> I
     """Yield (rest, part) indices. Small classes are judged by check_division, which names what is missing."""
     count = min(count, len(set(groups)))
     if count < 2:
-        raise SplitError("training patients must divide into training and validation; there is one group. Use fewer folds.")
+        raise SplitError(
+            "training patients must divide into training and validation; there is one group. Use fewer folds."
+        )
     splitter = StratifiedGroupKFold(count, shuffle=True, random_state=seed)
     try:
         with warnings.catch_warnings():
@@ -196,7 +198,7 @@ def read_division(path: Path, cohort: Cohort, scheme: SplitScheme) -> tuple[Fold
 
 
 def _fill_repeats(folds: list[Fold]) -> None:
-    """Monte-Carlo splits, as CLAM draws them, test a patient several times: each such fold becomes a repeat of its own."""
+    """CLAM's random splits test a patient several times: each such fold becomes a repeat of its own."""
     tested = [patient for fold in folds for patient in fold.test]
     if len({f.repeat for f in folds}) == 1 and len(tested) != len(set(tested)):
         folds[:] = [Fold(at, 0, f.train, f.validation, f.test) for at, f in enumerate(folds)]

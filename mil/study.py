@@ -155,9 +155,13 @@ def _take(study: Study) -> str:
         try:
             old = json.loads(path.read_text())
         except ValueError as error:
-            raise RunError(f"{path} must be JSON; it is damaged ({error}). Remove the folder to start again.") from error
+            raise RunError(
+                f"{path} must be JSON; it is damaged ({error}). Remove the folder to start again."
+            ) from error
         if old.get("version") != VERSION:
-            raise RunError(f"{path} must be of version {VERSION}; got {old.get('version')!r}. Use another output.folder.")
+            raise RunError(
+                f"{path} must be of version {VERSION}; got {old.get('version')!r}. Use another output.folder."
+            )
         check_keys(study.folder, old["keys"], keys)
     else:
         foreign = sorted(p.name for p in study.folder.iterdir() if p.name != "run.lock")

@@ -156,7 +156,7 @@ class Task:
 
 
 def load_task(name: str) -> Task:
-    """Return the task of that name, or of that YAML file. Raises TaskError naming the nearest; wrong keys exit with 2."""
+    """Return the task of that name or YAML file. Raises TaskError naming the nearest; wrong keys exit with 2."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else TASKS / f"{name}.yaml"
     if not path.is_file():
         known = sorted(p.stem for p in TASKS.glob("*.yaml"))

@@ -66,9 +66,7 @@ def on_ray(config: StudyConfig) -> MapFolds:
 
         gpus = config.ray.gpus_per_replica if choose_device(config.device).type == "cuda" else 0
         with connect(config.ray):
-            yield from do_jobs(
-                work, jobs, num_cpus=config.threads, num_gpus=gpus, attempts=config.ray.max_attempts
-            )
+            yield from do_jobs(work, jobs, num_cpus=config.threads, num_gpus=gpus, attempts=config.ray.max_attempts)
 
     return map_folds
 

@@ -1,7 +1,7 @@
 """Train one model of bags: epochs of sampled instances, cosine rate, early stopping on validation AUROC.
 
-Invariant: the weights depend on the settings, the seed and the bags; with `deterministic`, to the last byte (same device
-kind, thread count and library versions). It does not know patients' files, folds or reports.
+Invariant: the weights depend on the settings, the seed and the bags; with `deterministic`, to the last byte (same
+device kind, thread count and library versions). It does not know patients' files, folds or reports.
 """
 
 import contextlib
@@ -197,8 +197,8 @@ class BagTraining:
         mean = float(total) / len(order)
         if not math.isfinite(mean):
             raise TrainingError(
-                f"the loss must stay finite; epoch {epoch} ended with {mean}. Lower training.lr (now {self.config.lr}), "
-                "or use float32 (training.precision)."
+                f"the loss must stay finite; epoch {epoch} ended with {mean}. Lower training.lr (now "
+                f"{self.config.lr}), or use float32 (training.precision)."
             )
         return mean
 

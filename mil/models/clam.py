@@ -1,8 +1,8 @@
 """CLAM with a single attention branch: ABMIL, plus a clustering loss on the most and least attended instances.
 
-Source: Lu et al., "Data-efficient and weakly supervised computational pathology on whole-slide images", Nature BME 2021.
+Source: Lu et al., "Data-efficient and weakly supervised computational pathology", Nature BME 2021.
 Ours: both classes are mutually exclusive (the paper's subtyping form), the clustering loss is a cross-entropy instead
-of the smooth SVM, and no instance is taken as both most and least attended, which in tiny bags would ask for both answers.
+of the smooth SVM, and no instance is taken as both most and least attended, which in tiny bags would contradict itself.
 """
 
 import torch

@@ -16,7 +16,7 @@ class KnownBags:
 
 
 def key_instance_bags(count: int, seed: int, width: int = 8, share: float = 0.1) -> KnownBags:
-    """Positive bags hold a share of instances of a kind that negative bags lack; another rare kind is in all of them."""
+    """Positive bags hold a share of instances of a kind that negative bags lack; those hold another rare kind."""
     rng = np.random.default_rng(seed)
     bags, labels, keys = [], np.arange(count) % 2, []
     for label in labels:

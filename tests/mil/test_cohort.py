@@ -49,7 +49,7 @@ def changed(change: Callable[[Rows], object]) -> Callable[[Rows], Rows]:
 
 
 BAD_TABLES = {
-    "missing column": (lambda rows: [{k: v for k, v in r.items() if k != "hrd_score"} for r in rows], "lacks hrd_score"),
+    "missing column": (lambda rows: [{k: r[k] for k in r if k != "hrd_score"} for r in rows], "lacks hrd_score"),
     "misspelt column": (lambda rows: [{k.replace("slide", "slid"): v for k, v in r.items()} for r in rows],
                         "slide .did you mean slid"),
     "two labels": (changed(lambda rows: rows[0].update(hrd_score="60")), "P000 have two"),
@@ -111,7 +111,8 @@ def test_rows_without_a_label_are_listed(known: KnownCohort, hrd: Task) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"), [({"weights_sha256": "cd" * 32}, "one encoder.*cdcdcd"), ({"encoder": "uni"}, "one encoder.*uni")]
+    ("changes", "told"),
+    [({"weights_sha256": "cd" * 32}, "one encoder.*cdcdcd"), ({"encoder": "uni"}, "one encoder.*uni")],
 )
 def test_mixed_encoders(known: KnownCohort, hrd: Task, changes: dict[str, str], told: str) -> None:
     (known.features / "P001-S0.h5").unlink()

@@ -64,7 +64,9 @@ def test_mixed_widths_are_named() -> None:
 
 
 def test_sampling_is_a_function_of_its_arguments() -> None:
-    rows = [sample_rows(1000, 20, seed, epoch, bag) for seed, epoch, bag in ((0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 1))]
+    rows = [
+        sample_rows(1000, 20, seed, epoch, bag) for seed, epoch, bag in ((0, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 1))
+    ]
     assert all(r is not None and len(set(r.tolist())) == 20 and (np.diff(r) > 0).all() for r in rows)
     same = [np.array_equal(rows[0], r) for r in rows]  # type: ignore[arg-type]
     assert same == [True, True, False, False]

@@ -77,7 +77,10 @@ def test_calibration_undoes_a_distortion() -> None:
     logit = rng.normal(size=5000) * 2
     labels = rng.random(5000) < 1 / (1 + np.exp(-logit))
     fitted = fit_calibration(4 * logit + 3, labels)
-    assert (fitted.slope * 4, fitted.offset + 3 * fitted.slope) == (pytest.approx(1, abs=0.1), pytest.approx(0, abs=0.1))
+    assert (fitted.slope * 4, fitted.offset + 3 * fitted.slope) == (
+        pytest.approx(1, abs=0.1),
+        pytest.approx(0, abs=0.1),
+    )
 
 
 @pytest.mark.parametrize("sign", [1, -1])

@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mil.models import MODELS, BagModel, ModelConfig, build_model
-from mil.models import pooling
+from mil.models import MODELS, BagModel, ModelConfig, build_model, pooling
 from mil.models.transmil import pseudo_inverse
 
 WIDTHS = (6, 4)

@@ -1,6 +1,7 @@
 """Patients are never on both sides, classes and sites are kept, and a user's split is checked like our own."""
 
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ def cohort_of(patients: int = 40, sites: int = 8) -> Cohort:
     """Every third patient is positive; every fifth has two slides."""
     slides = []
     for n in range(patients):
-        for part in range(2 if n % 5 == 0 else 1):
-            slides.append(Slide(f"p{n}-{part}", f"p{n}", int(n % 3 == 0), site=f"site{n % sites}"))
+        parts = range(2 if n % 5 == 0 else 1)
+        slides += [Slide(f"p{n}-{part}", f"p{n}", int(n % 3 == 0), site=f"site{n % sites}") for part in parts]
     return Cohort(tuple(slides))
 
 
@@ -55,7 +56,9 @@ def test_sites_stay_together() -> None:
         assert not parts[0] & parts[1] | parts[0] & parts[2] | parts[1] & parts[2]
 
 
-@pytest.mark.parametrize(("cohort", "told"), [(cohort_of(9), "at least 5 patients"), (cohort_of(40, 3), "at least 5 sites")])
+@pytest.mark.parametrize(
+    ("cohort", "told"), [(cohort_of(9), "at least 5 patients"), (cohort_of(40, 3), "at least 5 sites")]
+)
 def test_too_few(cohort: Cohort, told: str) -> None:
     with pytest.raises(SplitError, match=told):
         divide(cohort, replace(SCHEME, scheme="site"), seed=0)
@@ -113,8 +116,8 @@ def clams(folder: Path, folds: list[Fold], cohort: Cohort) -> None:
     for k, fold in enumerate(folds):
         columns = [[s.name for s in fold.slides(cohort, part)] for part in PARTS]
         rows = [",train,val,test"]
-        for i in range(max(map(len, columns))):
-            rows.append(",".join([str(i), *(c[i] if i < len(c) else "" for c in columns)]))
+        cells = zip_longest(*columns, fillvalue="")
+        rows += [",".join([str(i), *row]) for i, row in enumerate(cells)]
         (folder / f"splits_{k}.csv").write_text("\n".join(rows) + "\n")
         (folder / f"splits_{k}_bool.csv").write_text("ignored")
 

@@ -26,8 +26,10 @@ from mil.study import prepare, run
 from mil.training import TrainingConfig
 from tests.mil.known_cohort import KnownCohort, read_table, write_cohort, write_slide, write_table
 
-QUICK = ("--folds=2 --ray.enabled=false --model.hidden=16 --model.attention=8 --model.dropout=0 --training.epochs=6 "
-         "--training.lr=0.01 --training.batch_size=8 --device=cpu").split()  # fmt: skip
+QUICK = [
+    *("--folds=2", "--ray.enabled=false", "--device=cpu", "--training.epochs=6", "--training.lr=0.01"),
+    *("--training.batch_size=8", "--model.hidden=16", "--model.attention=8", "--model.dropout=0"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +90,12 @@ def test_a_study_repeats_itself(known: KnownCohort, study: Path, tmp_path: Path)
     """From its own config.yaml, in another folder: the same weights and figures to the byte."""
     argv = [f"--config={study / 'config.yaml'}", f"--output.folder={tmp_path / 'again'}"]
     assert train_command.main(argv) == 0
-    names = ["metrics.json", "splits.csv", "folds/repeat0_fold0/model.safetensors", "folds/repeat0_fold1/predictions.csv"]
+    names = [
+        "metrics.json",
+        "splits.csv",
+        "folds/repeat0_fold0/model.safetensors",
+        "folds/repeat0_fold1/predictions.csv",
+    ]
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (study / name).read_bytes(), name
 
@@ -140,7 +147,9 @@ def test_unknown_tasks_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
     [("--scales=20,10", "lacks 10x"), ("--scales=twenty", "scales must be"), ("--folds=20", "at least 21 patients"),
      ("--splits=none.csv", "--splits must be"), ("--model.name=dsmil --model.fusion=branches", "a form of abmil")],
 )  # fmt: skip
-def test_bad_wishes(known: KnownCohort, capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: str, told: str) -> None:
+def test_bad_wishes(
+    known: KnownCohort, capsys: pytest.CaptureFixture[str], tmp_path: Path, argv: str, told: str
+) -> None:
     base = [f"--features={known.features}", f"--labels={known.labels}", f"--output.folder={tmp_path}"]
     try:
         code = train_command.main([*base, *argv.split()])
