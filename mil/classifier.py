@@ -40,7 +40,7 @@ def choose_device(name: str) -> torch.device:
 
 
 class MILClassifier(ClassifierMixin, BaseEstimator):
-    """Two classes of bags. `fit` sets validation patients apart, to stop the training, calibrate and choose the threshold.
+    """Two classes of bags. `fit` sets patients apart, to stop the training, calibrate and choose the threshold.
 
     Parameters are those of TrainingConfig and ModelConfig; `widths` are the lengths of the scales that instances are
     joined from (None: the bags say), needed by "abmil_branches" for plain arrays.
@@ -158,7 +158,12 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         self.classes_ = np.unique(labels)
         if len(self.classes_) != 2:
             raise CohortError(f"y must hold two classes; got {len(self.classes_)}. Only binary tasks can be learnt.")
-        return Part(found, (labels == self.classes_[1]).astype(np.int64), owners)
+        truth = (labels == self.classes_[1]).astype(np.int64)
+        names, owner = np.unique(owners, return_inverse=True)
+        torn = names[np.bincount(owner, truth) % np.bincount(owner) > 0]
+        if len(torn):
+            raise CohortError(f"a patient (group) must have one label; {torn[0]} has two. Correct y or groups.")
+        return Part(found, truth, owners)
 
     def _set_apart(self, whole: Part) -> tuple[Part, Part]:
         """Divide into training and validation, patients whole and classes in proportion."""
@@ -175,6 +180,11 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         def pick(rows: NDArray) -> Part:
             return Part([whole.bags[i] for i in rows], whole.labels[rows], whole.groups[rows])
 
+        if len(set(whole.labels[validation])) < 2 or len(set(whole.labels[train])) < 2:
+            raise SplitError(
+                f"training and validation need both classes; these {len(whole.bags)} bags do not divide so. Use another "
+                "seed, more bags, or a validation_set."
+            )
         return pick(train), pick(validation)
 
 

@@ -129,7 +129,7 @@ def match_features(
     if absent and not skip_missing:
         raise CohortError(
             f"every labelled slide must have features; {len(absent)} of {len(cohort.slides)} have none: "
-            f"{_some(absent)}.{_ending_hint(absent, files)} Extract them, or pass --skip_missing true to go on without them."
+            f"{_some(absent)}.{_ending_hint(absent, files)} Extract them, or leave them out with --skip_missing true."
         )
     left_out = [*cohort.left_out, *((name, "no features file") for name in absent)]
     slides: list[Slide] = []

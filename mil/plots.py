@@ -1,6 +1,6 @@
 """The plots of reports and comparisons, as SVG text or PNG bytes; drawn by matplotlib without a display.
 
-Every curve is labelled in words, and colours differ in lightness too. It takes predictions and figures and writes no file.
+Every curve is labelled in words, and colours differ in lightness too. It takes predictions and figures.
 """
 
 import io

@@ -180,8 +180,8 @@ def _left_out(results: Mapping[str, Any]) -> str:
 def _repeat(folder: Path) -> str:
     text = (
         "config.yaml and task.yaml are the settings, splits.csv the split, labels the table as it was, "
-        "environment.json versions and command. The same features, settings and versions on the same kind of device give "
-        "the same figures."
+        "environment.json versions and command. The same features, settings and versions on the same kind of device "
+        "give the same figures."
     )
     again = f"python -m mil.train --config {folder / 'config.yaml'}"
     return page.paragraph(text) + f"<p><code>{page.escape(again)}</code></p>"

@@ -1,8 +1,8 @@
 """TransMIL: two Nyström attention layers with a convolution over the squared sequence between them.
 
 Source: Shao et al., "TransMIL", NeurIPS 2021; Xiong et al., "Nyströmformer", AAAI 2021. The sequence is folded into a
-square in the order of the instances, so their order matters. Ours: each bag is processed by itself, at its own length, so that
-padding cannot matter; landmarks are means of nearly equal segments instead of zero-padded ones; the (N, landmarks)
+square in the order of the instances, so their order matters. Ours: each bag is processed by itself, at its own length,
+so that padding cannot matter; landmarks are means of nearly equal segments, not zero-padded ones; the (N, landmarks)
 matrices are never stored (scaled_dot_product_attention streams them), so memory grows with the sequence alone.
 """
 

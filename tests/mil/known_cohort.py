@@ -10,6 +10,8 @@ from engine.bag_writer import write_bag
 from tests.known_bag import known_plan
 
 WIDTH = 5
+CARRYING = (2, 3, 4)
+"""Rows of the 5x tiles with the signs."""
 
 
 @dataclass(frozen=True)
@@ -22,14 +24,14 @@ class KnownCohort:
 
 
 def write_slide(folder: Path, name: str, fine: bool, coarse: bool, seed: int, **changes: object) -> Path:
-    """Write one bag of six 5x tiles; one of them and its children carry the signs."""
+    """Write one bag of six 5x tiles; three of them and their children carry the signs."""
     rng = np.random.default_rng(seed)
     plan = known_plan(6, WIDTH, slide=name, **{"synthetic": False, **changes})
     near, far = (rng.normal(size=(len(s.coords), WIDTH)).astype(np.float32) for s in plan.scales)
     parent = plan.scales[0].parent
     assert parent is not None
-    near[parent == 2, 0] += 4 if fine else -4
-    far[2, 1] += 5 if coarse else -5
+    near[np.isin(parent, CARRYING), 0] += 5 if fine else -5
+    far[CARRYING, 1] += 5 if coarse else -5
     return write_bag(folder / f"{name}.h5", plan, {"20x": near, "5x": far})
 
 

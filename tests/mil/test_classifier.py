@@ -79,7 +79,7 @@ def test_it_is_an_estimator(known: KnownBags) -> None:
     model = MILClassifier(**SMALL, epochs=2)
     assert clone(model).get_params() == model.get_params()
     names = np.array(["no", "yes"])[known.labels]
-    groups = np.arange(48) // 2
+    groups = np.arange(48) // 4 * 2 + known.labels  # two bags of each patient
     scores = cross_val_score(
         model, known.bags, names, groups=groups, cv=GroupKFold(2), scoring="roc_auc", params={"groups": groups}
     )
@@ -137,7 +137,7 @@ def test_a_diverging_run_is_an_error(known: KnownBags) -> None:
 @pytest.mark.parametrize(
     ("labels", "groups", "error"),
     [([1] * 8, None, CohortError), ([0, 1, 2] * 2 + [0, 1], None, CohortError), ([0] * 7, None, CohortError),
-     ([0, 1] * 4, [0, 1] * 4, SplitError)],
+     ([0, 1] * 4, [0, 1] * 4, SplitError), ([0, 1] * 4, [0, 0, 1, 1, 2, 2, 3, 3], CohortError)],
 )  # fmt: skip
 def test_labels_that_cannot_be_learnt(known: KnownBags, labels: list[int], groups: object, error: type) -> None:
     with pytest.raises(error):
