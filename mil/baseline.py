@@ -28,7 +28,11 @@ class MeanPoolClassifier(ClassifierMixin, BaseEstimator):
         self.c, self.seed = c, seed
 
     def fit(
-        self, bags: Sequence[Any], y: Sequence[Any], groups: Any = None, validation_set: Part | None = None
+        self,
+        bags: Sequence[Any],
+        y: Sequence[Any] | NDArray[Any],
+        groups: Any = None,
+        validation_set: Part | None = None,
     ) -> Self:
         """Fit on bags with labels y; `validation_set` (else these bags) calibrates and chooses the threshold."""
         del groups  # the regression has no part that is set apart

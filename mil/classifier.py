@@ -32,6 +32,7 @@ from mil.training import (
 )
 
 Watch = Callable[[EpochRecord], None]
+Values = Sequence[Any] | NDArray[Any]
 
 
 def choose_device(name: str) -> torch.device:
@@ -73,14 +74,15 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         self.hidden, self.attention, self.dropout = hidden, attention, dropout
         self.epochs, self.patience, self.batch_size, self.instances = epochs, patience, batch_size, instances
         self.lr, self.weight_decay, self.clip, self.class_weight = lr, weight_decay, clip, class_weight
-        self.standardize, self.precision, self.deterministic = standardize, precision, deterministic
+        self.standardize, self.deterministic = standardize, deterministic
+        self.precision: Precision = precision
         self.validation, self.device, self.seed = validation, device, seed
 
     def fit(
         self,
         bags: Sequence[Any],
-        y: Sequence[Any],
-        groups: Sequence[Any] | None = None,
+        y: Values,
+        groups: Values | None = None,
         validation_set: Part | None = None,
         watch: Watch | None = None,
     ) -> Self:
@@ -148,7 +150,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
             raise CohortError(f"widths must add up to {sum(bags[0].widths)}, the bags' width; got {widths}.")
         return ModelConfig(self.model, tuple(widths), self.hidden, self.attention, self.dropout)
 
-    def _part(self, bags: Sequence[Any], y: Sequence[Any], groups: Sequence[Any] | None) -> Part:
+    def _part(self, bags: Sequence[Any], y: Values, groups: Values | None) -> Part:
         found, labels = as_bags(bags), np.asarray(y)
         owners = np.arange(len(found)) if groups is None else np.asarray(groups)
         if not len(found) == len(labels) == len(owners):
@@ -182,8 +184,8 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
 
         if len(set(whole.labels[validation])) < 2 or len(set(whole.labels[train])) < 2:
             raise SplitError(
-                f"training and validation need both classes; these {len(whole.bags)} bags do not divide so. Use another "
-                "seed, more bags, or a validation_set."
+                f"training and validation need both classes; these {len(whole.bags)} bags do not divide so. Use "
+                "another seed, more bags, or a validation_set."
             )
         return pick(train), pick(validation)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from mil.errors import CohortError
 from mil.featurefiles import UNKNOWN, joined_rows, open_features
@@ -171,7 +172,7 @@ def check_scales(path: Path, found: Sequence[str], wanted: Sequence[str]) -> Non
         )
 
 
-def _check_one(what: str, seen: Mapping[object, str]) -> None:
+def _check_one(what: str, seen: Mapping[Any, str]) -> None:
     if len(seen) > 1:
         shown = "; ".join(f"{value or 'unknown'} in {name}" for value, name in list(seen.items())[:4])
         raise CohortError(

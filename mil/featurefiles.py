@@ -142,8 +142,8 @@ class ForeignFile:
 class TensorFile:
     """CLAM's pt_files: a bare (N, D) tensor, memory-mapped; it has neither coordinates nor attributes."""
 
-    scales = (UNKNOWN,)
-    encoder = ""
+    scales: tuple[str, ...] = (UNKNOWN,)
+    encoder: str = ""
     synthetic = False
 
     def __init__(self, path: Path) -> None:

@@ -1,6 +1,6 @@
 """The plots of reports and comparisons, as SVG text or PNG bytes; drawn by matplotlib without a display.
 
-Every curve is labelled in words, and colours differ in lightness too. It takes predictions and figures.
+Every curve is labelled in words, and colours differ in lightness too. It reads and writes no files.
 """
 
 import io
@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from mil.metrics import Predictions
 
 MODEL_COLOUR, BASELINE_COLOUR, FOLD_COLOUR = "#1f5fa8", "#c46a1b", "#a9c3de"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.spines.top": False,
