@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import ray
-from ray.exceptions import RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from engine.errors import ReplicaLostError
 
@@ -31,7 +31,7 @@ def do_jobs(
             yield ray.get(done)
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from None
-    except WorkerCrashedError as error:
+    except (WorkerCrashedError, OutOfMemoryError) as error:
         raise ReplicaLostError(
             f"a job must end on one of {attempts} workers; each died ({error}). If memory ran out, lower memory_mb."
         ) from error

@@ -123,6 +123,7 @@ def run(study: Study, map_folds: MapFolds, say: Say, command: str = "") -> Path:
     Raises: CanvasMismatchError for a folder with another study, RunError for one with something else, StudyError.
     """
     folder = study.folder
+    _check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -148,6 +149,18 @@ def run(study: Study, map_folds: MapFolds, say: Say, command: str = "") -> Path:
     return folder
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is neither empty nor a study's, touching nothing. Raises RunError."""
+    if not folder.exists() or (folder / "study.json").is_file():
+        return
+    foreign = sorted(p.name for p in folder.iterdir() if p.name != "run.lock") if folder.is_dir() else ["a file"]
+    if foreign:
+        raise RunError(
+            f"{folder} must be empty or hold a study (study.json); it holds {', '.join(foreign[:3])}. Use another "
+            "output.folder."
+        )
+
+
 def _take(study: Study) -> str:
     """Make the folder this study's, or check that it is; return the digest of its keys."""
     path, keys = study.folder / "study.json", study.keys
@@ -164,12 +177,6 @@ def _take(study: Study) -> str:
             )
         check_keys(study.folder, old["keys"], keys)
     else:
-        foreign = sorted(p.name for p in study.folder.iterdir() if p.name != "run.lock")
-        if foreign:
-            raise RunError(
-                f"{study.folder} must be empty or hold a study (study.json); it holds {', '.join(foreign[:3])}. Use "
-                "another output.folder."
-            )
         write_atomically(path, (json.dumps({"version": VERSION, "keys": keys}, indent=1) + "\n").encode())
     return _digest(keys)
 

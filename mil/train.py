@@ -59,8 +59,10 @@ def on_ray(config: StudyConfig) -> MapFolds:
             yield from one_by_one(work, jobs)
             return
         # The package actors looks there when it chooses how to authenticate, which must be before Ray is imported.
-        if config.ray.address is not None:
-            os.environ.setdefault("RAY_ADDRESS", config.ray.address)
+        if config.ray.address == "auto":
+            os.environ.setdefault("RAY_ADDRESS", "auto")
+        elif config.ray.address is not None:
+            os.environ["RAY_ADDRESS"] = config.ray.address
         from actors.cluster import connect  # Ray is imported only by studies that use it
         from actors.folds import do_jobs
 

@@ -122,6 +122,7 @@ def test_another_study_is_refused_in_its_folder(known: KnownCohort, study: Path,
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(RunError, match=r"letter\.txt"):
         run(prepare(config_of(known, tmp_path)), one_by_one, print)
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
 @pytest.mark.parametrize("given", [[], ["--features=nowhere", "--labels=none.csv"]])
