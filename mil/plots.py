@@ -36,7 +36,7 @@ def svg(figure: Figure) -> str:
     """Return the figure as an <svg> element; the same figure gives the same text."""
     text = io.StringIO()
     with mpl.rc_context(_STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
