@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
-from sklearn.model_selection import GridSearchCV, GroupKFold, StratifiedKFold, cross_val_score
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold, StratifiedKFold, cross_val_score
 
 from engine.training.loop import TrainingError
 from mil.baseline import MeanPoolClassifier
@@ -81,7 +81,13 @@ def test_it_is_an_estimator(known: KnownBags) -> None:
     names = np.array(["no", "yes"])[known.labels]
     groups = np.arange(48) // 4 * 2 + known.labels  # two bags of each patient
     scores = cross_val_score(
-        model, known.bags, names, groups=groups, cv=GroupKFold(2), scoring="roc_auc", params={"groups": groups}
+        model,
+        known.bags,
+        names,
+        groups=groups,
+        cv=StratifiedGroupKFold(2),
+        scoring="roc_auc",
+        params={"groups": groups},
     )
     assert scores.shape == (2,)
     search = GridSearchCV(model, {"attention": [4, 8]}, cv=2, scoring="roc_auc").fit(known.bags, names)
