@@ -28,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this is not the project's folder
 
-from benchmarks.memory import peak_mb
+from benchmarks.peak import peak_mb
 from mil.dataset import BagCache, StoredBag
 from mil.models import ModelConfig, build_model
 from mil.training import BagTraining, Part, TrainingConfig
