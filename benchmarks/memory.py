@@ -10,7 +10,6 @@ which would hide a growth. The difference is to be at most 300 MB. Linux only.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this is not the project's folder
 
 from benchmarks.bare import BareRun, demo_config
+from benchmarks.peak import peak_mb
 from engine import outputs
 from engine.magnification import BRCA_SCALE
 from engine.pointwise import PointwiseDenoiser
@@ -35,15 +35,6 @@ TARGET_MB = 300
 SSL_DIM = 8
 MAPS = {"guidance/linear": {"matrix": torch.eye(3), "offset": torch.zeros(3)}}
 """The pointwise pictures are their latents; fitting the map would be a peak of its own, the same at every size."""
-
-
-def peak_mb() -> float:
-    """Return this process's largest resident set so far, in MB (10⁶ bytes)."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def weigh(size: int, formats: Sequence[str], stride: int = 50) -> dict[str, object]:

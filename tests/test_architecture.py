@@ -17,6 +17,9 @@ COMMANDS = (
     "engine.export",
     "engine.export_features",
 )
+MIL_COMMANDS = ("mil.train", "mil.predict", "mil.compare", "mil.heatmap")
+USES_ACTORS = ("mil.train",)
+"""Commands that may ask the package actors to share their work out, and only inside a function."""
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
@@ -30,6 +33,19 @@ FLOORS = (
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches",
     "parity train sample export export_features",
 )
+MIL_FLOORS = (
+    "errors metrics calibration page",
+    "tasks featurefiles models overlay plots",
+    "cohort dataset",
+    "splits training",
+    "config classifier baseline",
+    "saved",
+    "folds",
+    "results",
+    "comparison report",
+    "study",
+    "train predict compare heatmap",
+)
 MAX_FILE, MAX_FUNCTION = 300, 50
 
 IMPORT_ALL = """
@@ -37,17 +53,17 @@ import importlib, pkgutil, socket, sys
 
 class NoRay:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("ray", "actors", "mil"):
-            raise ImportError("the engine must not import " + name)
+        if name.split(".")[0] in {banned}:
+            raise ImportError("{package} must not import " + name)
 
 def refuse(*_):
     raise OSError("no network here")
 
 sys.meta_path.insert(0, NoRay())
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
-import engine
+import {package}
 {extra}
-for module in pkgutil.walk_packages(engine.__path__, "engine."):
+for module in pkgutil.walk_packages({package}.__path__, "{package}."):
     importlib.import_module(module.name)
 import torch
 assert not torch.cuda.is_initialized()
@@ -56,7 +72,8 @@ assert not torch.cuda.is_initialized()
 
 def modules() -> dict[str, str]:
     """Return the source of every module, by dotted name."""
-    files = [ROOT / "generate_large.py", *(ROOT / "engine").rglob("*.py"), *(ROOT / "actors").rglob("*.py")]
+    packages = (path for name in ("engine", "actors", "mil") for path in (ROOT / name).rglob("*.py"))
+    files = [ROOT / "generate_large.py", *packages]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f.read_text() for f in files}
 
 
@@ -72,9 +89,19 @@ def imports(source: str) -> Iterator[str]:
 
 
 def floor_of(module: str) -> int | None:
-    """Return the floor of an engine module."""
-    name = module.split(".")[1]
-    return next((i for i, names in enumerate(FLOORS) if name in names.split()), None)
+    """Return the floor of a module of engine or mil."""
+    package, name = module.split(".")[:2]
+    floors = FLOORS if package == "engine" else MIL_FLOORS
+    return next((i for i, names in enumerate(floors) if name in names.split()), None)
+
+
+def banned_in(module: str) -> tuple[str, ...]:
+    """Return the packages that a module may not import."""
+    if module.startswith("engine"):
+        return ("ray", "actors", "mil")
+    if module.startswith("mil"):
+        return ("ray",) if module in USES_ACTORS else ("ray", "actors")
+    return ("mil",) if module.startswith("actors") else ()
 
 
 def faults(found: dict[str, str]) -> list[str]:
@@ -83,15 +110,16 @@ def faults(found: dict[str, str]) -> list[str]:
     for module, source in found.items():
         used = set(imports(source))
         own = {name for name in used if name in found}
-        said += [f"{module} imports the command {name}" for name in own if name in COMMANDS]
-        if module == "engine" or not module.startswith("engine."):
+        said += [f"{module} imports the command {name}" for name in own if name in COMMANDS + MIL_COMMANDS]
+        said += [f"{module} imports {n}" for n in used if n.split(".")[0] in banned_in(module)]
+        package = module.split(".")[0]
+        if module == package or package not in ("engine", "mil"):
             continue
-        said += [f"{module} imports {n}" for n in used if n.split(".")[0] in ("ray", "actors", "mil")]
         here = floor_of(module)
         if here is None:
             said.append(f"{module} has no floor; give it one in this test and in docs/design.md")
             continue
-        above = [n for n in own if n != "engine" and (floor_of(n) or 0) > here]
+        above = [n for n in own if n.startswith(package + ".") and (floor_of(n) or 0) > here]
         said += [f"{module} imports {name}, which lies above it" for name in above]
     return said
 
@@ -110,18 +138,19 @@ def circles(found: dict[str, str]) -> list[str]:
     return sorted(m for m, used in reach.items() if m in used)
 
 
-def test_engine_imports_without_ray_and_network() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL.format(extra="")], cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+@pytest.mark.parametrize("package", ["engine", "mil"])
+def test_a_package_imports_without_ray_and_network(package: str) -> None:
+    script = IMPORT_ALL.format(extra="", package=package, banned=banned_in(package))
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
 
 
-def test_that_test_can_fail() -> None:
-    script = IMPORT_ALL.format(extra="import actors.cluster")
+@pytest.mark.parametrize("package", ["engine", "mil"])
+def test_that_test_can_fail(package: str) -> None:
+    script = IMPORT_ALL.format(extra="import actors.cluster", package=package, banned=banned_in(package))
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert done.returncode
-    assert "must not import actors" in done.stderr
+    assert f"{package} must not import actors" in done.stderr
 
 
 def test_layers() -> None:
@@ -138,6 +167,12 @@ def test_layers() -> None:
         ("engine.tiles", "from engine import run", "lies above it"),
         ("actors.pool", "import generate_large", "imports the command generate_large"),
         ("engine.helpers", "", "has no floor"),
+        ("engine.tiles", "from mil.metrics import auroc", "imports mil"),
+        ("mil.folds", "from actors.folds import do_jobs", "mil.folds imports actors"),
+        ("mil.train", "import ray", "mil.train imports ray"),
+        ("mil.dataset", "from mil.study import run", "lies above it"),
+        ("mil.study", "from mil.train import main", "imports the command mil.train"),
+        ("actors.folds", "from mil.folds import do_fold", "actors.folds imports mil"),
     ],
 )
 def test_layers_can_fail(module: str, source: str, fault: str) -> None:

@@ -1,0 +1,66 @@
+"""The baseline every report shows: the mean of a bag's instances and a logistic regression.
+
+A model that looks at instances has to beat it. Same interface as MILClassifier; bags are read once each.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
+
+from mil.calibration import choose_threshold, fit_calibration
+from mil.dataset import as_bags
+from mil.training import Part
+
+MEAN_POOL = "meanpool"
+
+
+class MeanPoolClassifier(ClassifierMixin, BaseEstimator):
+    """Logistic regression on standardised bag means; `c` is scikit-learn's inverse strength of regularisation."""
+
+    def __init__(self, c: float = 0.1, seed: int = 0) -> None:
+        self.c, self.seed = c, seed
+
+    def fit(
+        self,
+        bags: Sequence[Any],
+        y: Sequence[Any] | NDArray[Any],
+        groups: Any = None,
+        validation_set: Part | None = None,
+    ) -> Self:
+        """Fit on bags with labels y; `validation_set` (else these bags) calibrates and chooses the threshold."""
+        del groups  # the regression has no part that is set apart
+        labels = np.asarray(y)
+        self.classes_ = np.unique(labels)
+        regression = LogisticRegression(C=self.c, class_weight="balanced", max_iter=2000, random_state=self.seed)
+        self.pipeline_: Pipeline = make_pipeline(StandardScaler(), regression).fit(means(bags), labels)
+        judged = validation_set or Part(as_bags(bags), (labels == self.classes_[1]).astype(int), np.arange(len(labels)))
+        _, logit, truth = judged.by_group(self.decision_function(judged.bags))
+        self.calibration_ = fit_calibration(logit, truth)
+        self.threshold_ = choose_threshold(self.calibration_(logit), truth)
+        return self
+
+    def decision_function(self, bags: Sequence[Any]) -> NDArray[np.float64]:
+        """Return the logit of each bag, (n,)."""
+        check_is_fitted(self, "pipeline_")
+        return self.pipeline_.decision_function(means(bags))
+
+    def predict_proba(self, bags: Sequence[Any]) -> NDArray[np.float64]:
+        """Return calibrated probabilities (n, 2)."""
+        positive = self.calibration_(self.decision_function(bags))
+        return np.stack([1 - positive, positive], axis=1)
+
+    def predict(self, bags: Sequence[Any]) -> NDArray:
+        """Return the class of each bag."""
+        return self.classes_[(self.predict_proba(bags)[:, 1] >= self.threshold_).astype(int)]
+
+
+def means(bags: Sequence[Any]) -> NDArray[np.float64]:
+    """Return the mean instance of each bag, (n, D)."""
+    return np.stack([bag.read().mean(axis=0, dtype=np.float64) for bag in as_bags(bags)])

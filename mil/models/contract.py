@@ -1,0 +1,95 @@
+"""What every model of bags is: instances and a mask in, a logit and one attention per instance out.
+
+Held by one set of tests for all models: padding does not matter, a bag of one instance has an answer, every parameter
+gets a gradient, a bag of 100 000 instances takes bounded memory, and, where `permutation_invariant` says so, the order
+of instances does not matter. Models know no files, labels beyond 0 and 1, or optimisers.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MASKED = -1e30
+"""Score of padding: exp of it is 0 beside any real score, and a chunk of nothing but padding stays finite."""
+
+
+@dataclass(frozen=True)
+class BagOutput:
+    """What a model says about B bags of up to N instances."""
+
+    logit: Tensor
+    """(B,): log-odds of the positive class, not calibrated."""
+    attention: Tensor
+    """(B, N): not negative, sums to one over a bag's instances, 0 on padding."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is built from; stored beside its weights."""
+
+    name: str
+    """One of `mil.models.MODELS`."""
+    widths: tuple[int, ...]
+    """Lengths of the parts of an instance, fine to coarse."""
+    hidden: int = 256
+    """Width of an embedded instance."""
+    attention: int = 128
+    """Width of the attention's hidden layer."""
+    dropout: float = 0.25
+    """Share of embedded values dropped in training."""
+
+    @property
+    def width(self) -> int:
+        return sum(self.widths)
+
+
+class FeatureScale(nn.Module):
+    """Standardise each feature by the training bags' mean and deviation; a constant feature becomes 0."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    def fit(self, mean: Tensor, deviation: Tensor) -> None:
+        """Take the figures of the training bags, (D,) each."""
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(deviation > 1e-6 * mean.abs() + 1e-12, 1 / deviation.clamp_min(1e-30), 0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) * self.scale
+
+
+class BagModel(nn.Module):
+    """The contract; `forward` is the model's own."""
+
+    permutation_invariant: ClassVar[bool] = True
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.features = FeatureScale(config.width)
+
+    def forward(self, x: Tensor, mask: Tensor) -> BagOutput:
+        """Judge bags x (B, N, D) whose instances are where mask (B, N) is True."""
+        raise NotImplementedError
+
+    def loss(self, x: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Return the mean loss of bags with labels y (B,) 0 or 1, weighted by weight (B,)."""
+        return weighted_bce(self(x, mask).logit, y, weight)
+
+
+def weighted_bce(logit: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean over bags of the cross-entropy times the bag's weight."""
+    return F.binary_cross_entropy_with_logits(logit.float(), y.float(), weight=weight)
+
+
+def embedding(width: int, config: ModelConfig) -> nn.Sequential:
+    """Return the layer that embeds one instance, as CLAM has it in front of its attention."""
+    return nn.Sequential(nn.Linear(width, config.hidden), nn.ReLU(), nn.Dropout(config.dropout))
