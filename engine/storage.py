@@ -5,13 +5,10 @@ does not know what latents mean or which rows are written when.
 Facts: zarr 3 renames each chunk into place without fsync.
 """
 
-import fcntl
-import os
 import shutil
-import socket
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 from zarr.abc.store import Store
@@ -19,6 +16,7 @@ from zarr.storage import LocalStore
 
 from engine.errors import CanvasError, EngineError
 from engine.latents import Size, canvas_nbytes, create_arrays
+from engine.lock import RunLock
 from engine.state import (
     Progress,
     RunState,
@@ -128,7 +126,7 @@ class FolderStorage:
         """`key` names the folder's place in the configuration, for messages."""
         self._folder = folder
         self._key = key
-        self._file: IO[str] | None = None
+        self._lock: RunLock | None = None
 
     @property
     def where(self) -> str:
@@ -164,38 +162,17 @@ class FolderStorage:
             )
 
     def lock(self) -> None:
-        """Lock the folder; the lock dies with its process, so a leftover file does not block."""
         path = self._folder / "run.lock"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(error, f"{self._folder} cannot be used as {self._key}") from error
-        try:
-            file = path.open("a+")
-        except OSError as error:
-            raise disk_error(error, f"{path} cannot be written") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            file.close()
-            raise CanvasError(
-                f"{self._folder} must belong to one run at a time; it is in use by {owner}. Wait for that "
-                f"run, stop it, or use another {self._key}."
-            ) from error
-        except OSError as error:
-            file.close()
-            raise disk_error(error, f"{path} cannot be locked") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        self._file = file
+        self._lock = RunLock(path, self._key)
 
     def unlock(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     def hold(self) -> None:
         """A kernel does not take a lock away."""

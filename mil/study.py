@@ -17,7 +17,8 @@ from pathlib import Path
 import yaml
 
 from engine import __version__
-from engine.state import RunLock, check_keys, disk_error, plain, write_atomically
+from engine.lock import RunLock
+from engine.state import check_keys, disk_error, plain, write_atomically
 from mil.cohort import Cohort, match_features, read_labels
 from mil.config import StudyConfig
 from mil.dataset import BagCache

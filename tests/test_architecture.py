@@ -24,7 +24,7 @@ FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
     "interruption writers",
-    "latents objects lease storage object_storage bag_plan",
+    "lock latents objects lease storage object_storage bag_plan",
     "bags",
     "bag_writer",
     "canvas canvas_view image exports report reference model slides",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import tifffile
 import zarr
+import zarr.errors
 from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
@@ -29,7 +30,7 @@ def open_ngff(path: Path, name: str) -> "ArrayLevels":
         attributes: Any = group.attrs.asdict()
         scales = attributes.get("ome", attributes)["multiscales"][0]
         axes = [str(axis["name"]).lower() for axis in scales["axes"]]
-        arrays = [group[dataset["path"]] for dataset in scales["datasets"]]
+        arrays: list[Any] = [group[dataset["path"]] for dataset in scales["datasets"]]
         claims = _claims(scales, axes)
         shape = arrays[0].shape
     except (*UNREADABLE, zarr.errors.BaseZarrError) as error:

@@ -53,7 +53,7 @@ def _check_png(data: bytes, name: str) -> tuple[int, int]:
 def _check_jpeg(data: bytes, name: str) -> tuple[int, int]:
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     check_rgb(name, 3, 8, "RGB" if colours in ("RGB", "YCbCr") else colours)
-    return height, width
+    return int(height), int(width)
 
 
 class PictureLevels:
