@@ -7,8 +7,18 @@ EngineError
 ├── BagError             a feature bag is damaged, refused or cannot be named
 │   └── BagMismatchError      the bag or its unfinished blocks were made with other settings
 ├── ReplicaLostError     a batch failed on its replicas too often
+├── SlideError           a slide cannot be used; carries a reason code for tables
 └── ClusterError         Ray or its resources are not as asked for
 """
+
+import struct
+import tokenize
+
+UNREADABLE = (
+    *(OSError, ValueError, RuntimeError, EOFError, SyntaxError, LookupError, TypeError, ArithmeticError),
+    *(struct.error, tokenize.TokenError),
+)
+"""What picture libraries raise on damaged files, found by flipping bytes: a bad header sends them anywhere."""
 
 
 class EngineError(Exception):
@@ -41,3 +51,14 @@ class ReplicaLostError(EngineError):
 
 class ClusterError(EngineError):
     """Ray does not answer, or lacks the resources asked for."""
+
+
+class SlideError(EngineError):
+    """A slide cannot be used. `code` is the reason in one word, for tables and for what is tried again."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[type["SlideError"], tuple[str, str]]:
+        return type(self), (self.code, str(self))  # it travels between processes

@@ -6,9 +6,7 @@ Cells are 256×256 px of the base magnification (20x = 0.5 µm/px), row by row.
 """
 
 import re
-import struct
 import threading
-import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from engine.conditioning import extend_grid
-from engine.errors import CheckpointError
+from engine.errors import UNREADABLE, CheckpointError
 from engine.magnification import TILE_PX
 from engine.model.ssl_encoder import SSLEncoder
 
@@ -41,11 +39,6 @@ _MODES = {
     "CMYK": "CMYK",
 }
 _PILLOW_LIMIT = threading.Lock()
-_UNREADABLE = (
-    *(OSError, ValueError, RuntimeError, EOFError, SyntaxError, LookupError, TypeError, ArithmeticError),
-    *(struct.error, tokenize.TokenError),
-)
-"""What the readers raise on damaged files, found by flipping bytes: a bad header sends them anywhere."""
 
 
 def read_reference(path: str | Path) -> NDArray[np.uint8]:
@@ -65,7 +58,7 @@ def read_reference(path: str | Path) -> NDArray[np.uint8]:
         pixels = _read_tiff(path) if suffix in _TIFF_SUFFIXES else _read_with_pillow(path)
     except _Refused as refusal:
         raise ValueError(f"the reference {path} {refusal}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"the reference {path} must be readable; it is damaged or not {suffix[1:]} ({error})."
         ) from error
@@ -190,7 +183,7 @@ def read_embeddings(path: str | Path, cells: tuple[int, int] | None = None) -> N
         array = readers.get(file.suffix.lower(), _read_h5)(file, key)
     except _Refused as refusal:
         raise ValueError(f"embeddings {file} {refusal}") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"embeddings {file} must be readable; it is damaged or of another type ({error}).") from error
     return _as_grid(array, cells, str(path))
 

@@ -1,0 +1,1 @@
+"""Who decodes a slide: one file per library, all behind `levels.Levels`."""
