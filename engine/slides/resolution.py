@@ -185,4 +185,6 @@ def tiff_claim(x: tuple[int, int] | None, y: tuple[int, int] | None, unit: int) 
     microns_per_unit = {2: 25400.0, 3: 10000.0}.get(unit)
     if microns_per_unit is None or not x or not y or min(*x, *y) <= 0:
         return None
+    if x == y == (1, 1):  # what writers put in when they are told nothing
+        return None
     return Claim("TIFF resolution", microns_per_unit * x[1] / x[0], microns_per_unit * y[1] / y[0])

@@ -51,6 +51,8 @@ class TissueMask:
     """(h, w)."""
     scale: tuple[float, float]
     """Level-0 px per px of the mask (x, y)."""
+    size: tuple[int, int]
+    """Level-0 px of the slide (w, h); the last px of the mask may reach beyond."""
 
     @property
     def total_share(self) -> float:
@@ -64,11 +66,9 @@ class TissueMask:
         """
         total = np.zeros((self.mask.shape[0] + 1, self.mask.shape[1] + 1))
         np.cumsum(np.cumsum(self.mask, axis=0, dtype=np.float64), axis=1, out=total[1:, 1:])
-        left, right, top, bottom = (
-            x / self.scale[0],
-            (x + w) / self.scale[0],
-            y / self.scale[1],
-            (y + h) / self.scale[1],
+        (left, right), (top, bottom) = (
+            [np.clip(v, 0, n) / scale for v in (corner, corner + length)]
+            for corner, length, n, scale in zip((x, y), (w, h), self.size, self.scale, strict=True)
         )
         inside = _sum_to(total, bottom, right) - _sum_to(total, top, right)
         inside += _sum_to(total, top, left) - _sum_to(total, bottom, left)
@@ -115,7 +115,7 @@ def find_tissue(slide: Slide, config: TissueConfig, method: FindTissue | None = 
     mask = (method or method_of(config))(overview)
     if mask.shape != overview.valid.shape or mask.dtype != np.bool_:
         raise ValueError(f"a tissue mask must be bool {overview.valid.shape}; got {mask.dtype} {mask.shape}.")
-    return TissueMask(mask, overview.scale)
+    return TissueMask(mask, overview.scale, (slide.width, slide.height))
 
 
 def method_of(config: TissueConfig) -> FindTissue:

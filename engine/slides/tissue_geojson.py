@@ -97,7 +97,7 @@ def read_tissue(path: Path, slide: Slide, mpp: float) -> TissueMask:
             raise EngineError(f"{where} must have finite coordinates (level-0 px). Remove it.")
         for outline, *holes in rings:
             _fill(masks[name], outline, holes, scale)
-    return TissueMask(masks[CLASS] & ~masks[IGNORED], scale)
+    return TissueMask(masks[CLASS] & ~masks[IGNORED], scale, (slide.width, slide.height))
 
 
 def _features(path: Path) -> list[Any]:

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tifffile
@@ -88,7 +89,7 @@ def test_a_corrupt_jpeg_tile_is_masked_counted_and_never_white(tmp_path: Path, k
         assert not at_10x.valid[80:204, 80:204].any()
         assert at_10x.valid[:77].all()
         fraction = slide.read(100, 100, 400, 400, 0.61)
-        assert 0.80 < fraction.valid.mean() < 1
+        assert 0.70 < fraction.valid.mean() < 0.73  # 1 - (256 / 488)², and a rim
         assert slide.read(600, 500, 200, 200, 0.5).damaged == 0
 
 
@@ -186,8 +187,6 @@ def test_16_bit_is_refused(tmp_path: Path, kind: str) -> None:
     if kind == "tif":
         write_tiff(path, [deep], 0.5)
     else:
-        import imagecodecs
-
         path.write_bytes(imagecodecs.png_encode(deep))
     assert refused(path) == "not_8_bit"
 
