@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export", "engine.export_features")
+COMMANDS = (
+    "generate_large",
+    "engine.parity",
+    "engine.train",
+    "engine.sample",
+    "engine.export",
+    "engine.export_features",
+)
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments",
