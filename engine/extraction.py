@@ -196,8 +196,8 @@ class _Run:
             self._report()
         if finished < total:
             raise EngineError(
-                f"all blocks of all slides must arrive; {', '.join(self.outputs.unfinished) or 'some'} did not. Run the "
-                "same command again: what arrived is kept."
+                f"all blocks of all slides must arrive; {', '.join(self.outputs.unfinished) or 'some'} did not. Run "
+                "the same command again: what arrived is kept."
             )
 
     def _take(self, message: SlidePlan | BlockFeatures) -> None:

@@ -21,7 +21,7 @@ from engine.slides.grid import PARENT_FACTOR, ParentPixels, TileGrid, plan_grid,
 from engine.slides.resolution import Resolution, read_overrides
 from engine.slides.slide import OpenSlides, Slide
 from engine.slides.thumbnail import draw_thumbnail
-from engine.slides.tissue import TissueMask, method_of, read_overview
+from engine.slides.tissue import Overview, TissueMask, method_of, read_overview
 from engine.slides.tissue_geojson import read_tissue
 
 Ranges = Sequence[tuple[int, int]]
@@ -155,7 +155,7 @@ class SlideWorker:
         try:
             slide = self._slides.get(task.path)
             overview = read_overview(slide, self._config.finder.mpp)
-            tissue = self._tissue(slide) or TissueMask(method_of(self._config.finder)(overview), overview.scale)
+            tissue = self._tissue(slide, overview)
             grid = plan_grid(slide, tissue, self._config.grid)
         except EngineError as error:
             yield SlideFailure(task.slide, task.path, getattr(error, "code", "bad_tissue"), str(error))
@@ -169,10 +169,12 @@ class SlideWorker:
         for first, stop in blocks:
             yield TileBlock(task.slide, task.path, size, _part(grid, first, stop), first, grid.children(first).start)
 
-    def _tissue(self, slide: Slide) -> TissueMask | None:
-        if self._config.tissue is None:
-            return None
-        return read_tissue(Path(self._config.tissue) / f"{slide.name}.geojson", slide, self._config.finder.mpp)
+    def _tissue(self, slide: Slide, overview: Overview) -> TissueMask:
+        """Return the tissue that was drawn, or else found. Raises EngineError for a file that is not there or wrong."""
+        if self._config.tissue is not None:
+            return read_tissue(Path(self._config.tissue) / f"{slide.name}.geojson", slide, self._config.finder.mpp)
+        mask = method_of(self._config.finder)(overview)
+        return TissueMask(mask, overview.scale, (slide.width, slide.height))
 
     def read(self, block: TileBlock) -> BlockPixels | SlideFailure:
         """Read the pixels of a block."""

@@ -21,7 +21,8 @@ from engine.state import write_atomically
 REPORT, PAGE = "report.json", "report.html"
 PREVIEW_PX = 160
 DONE, FAILED = "done", "failed"
-_STYLE = """body{font:14px/1.4 sans-serif;margin:2em;color:#222;background:#fff}table{border-collapse:collapse;margin:1em 0}
+_STYLE = """body{font:14px/1.4 sans-serif;margin:2em;color:#222;background:#fff}
+table{border-collapse:collapse;margin:1em 0}
 th,td{border:1px solid #ccc;padding:4px 8px;text-align:left;vertical-align:top}th{background:#eee}
 .failed{background:#fdd}.number{text-align:right}img{display:block;max-width:160px}"""
 

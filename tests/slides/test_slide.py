@@ -11,8 +11,8 @@ from PIL import Image as Pillow
 from written_slides import bar_centres_um, box, ruler, stretched, write_tiff
 
 from engine.errors import EngineError, SlideError
-from engine.exports.ngff import write_ngff
 from engine.image import Image
+from engine.exports.ngff import write_ngff
 from engine.slides.backends.levels import level_scale, plausible_levels
 from engine.slides.backends.vendor import VendorLevels
 from engine.slides.slide import OpenSlides, Slide, find_slides, open_slide, slide_name
@@ -134,9 +134,7 @@ def make_picture(kind: str, folder: Path, picture: np.ndarray) -> Path:
         more = {"PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 500, "PhysicalSizeYUnit": "nm"}
         pixels, axes = (picture.transpose(2, 0, 1), "CYX") if planes else (picture, "YXS")
         with tifffile.TiffWriter(folder / "a.ome.tif") as tiff:
-            tiff.write(
-                pixels, tile=(256, 256), metadata={"axes": axes, **more}, photometric="minisblack" if planes else "rgb"
-            )
+            tiff.write(pixels, tile=(256, 256), metadata={"axes": axes, **more}, photometric="minisblack" if planes else "rgb")
         return folder / "a.ome.tif"
     if kind == "strips.tif":
         tifffile.imwrite(folder / "a.tif", picture, rowsperstrip=37, compression="lzw", metadata=None)
