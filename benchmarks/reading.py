@@ -9,7 +9,7 @@ load on the machine should not count. `aligned` tiles are tiles of the file, `un
 ours       engine.slides: open_slide(...).read(x, y, 256, 256, mpp): exact field, validity, damage noticed
 openslide  read_region and drop alpha
 tifffile   aszarr() and zarr, which takes any window; the way its documentation shows
-segments   tifffile's page.decode of one whole tile of the file, found by hand: aligned tiles only, a lower bound of work
+segments   tifffile's page.decode of one whole tile of the file, found by hand: aligned tiles only, the least of work
 
 The target is ours ≥ the faster of openslide and tifffile. Then one tile is broken in several ways, many times, and
 decoded by us and by tifffile; counted is what was noticed.

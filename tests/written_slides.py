@@ -82,7 +82,9 @@ def write_tiff(
     with tifffile.TiffWriter(path, bigtiff=True) as tiff:
         for i, level in enumerate(levels):
             here = None if mpp is None else mpp * levels[0].shape[1] / level.shape[1]
-            more: dict[str, Any] = {"compressionargs": {"level": 90}, "subsampling": subsampling} if compression == "jpeg" else {}
+            more: dict[str, Any] = {}
+            if compression == "jpeg":
+                more = {"compressionargs": {"level": 90}, "subsampling": subsampling}
             tiff.write(
                 level,
                 photometric="rgb" if level.ndim == 3 else "minisblack",

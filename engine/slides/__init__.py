@@ -1,1 +1,1 @@
-"""Slides: so far the procedural phantom."""
+"""Slides: reading them, tissue, tiles; and the procedural phantom."""

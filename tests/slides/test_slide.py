@@ -11,8 +11,8 @@ from PIL import Image as Pillow
 from written_slides import bar_centres_um, box, ruler, stretched, write_tiff
 
 from engine.errors import EngineError, SlideError
-from engine.image import Image
 from engine.exports.ngff import write_ngff
+from engine.image import Image
 from engine.slides.backends.levels import level_scale, plausible_levels
 from engine.slides.backends.vendor import VendorLevels
 from engine.slides.slide import OpenSlides, Slide, find_slides, open_slide, slide_name
@@ -134,7 +134,9 @@ def make_picture(kind: str, folder: Path, picture: np.ndarray) -> Path:
         more = {"PhysicalSizeX": 500, "PhysicalSizeXUnit": "nm", "PhysicalSizeY": 500, "PhysicalSizeYUnit": "nm"}
         pixels, axes = (picture.transpose(2, 0, 1), "CYX") if planes else (picture, "YXS")
         with tifffile.TiffWriter(folder / "a.ome.tif") as tiff:
-            tiff.write(pixels, tile=(256, 256), metadata={"axes": axes, **more}, photometric="minisblack" if planes else "rgb")
+            tiff.write(
+                pixels, tile=(256, 256), metadata={"axes": axes, **more}, photometric="minisblack" if planes else "rgb"
+            )
         return folder / "a.ome.tif"
     if kind == "strips.tif":
         tifffile.imwrite(folder / "a.tif", picture, rowsperstrip=37, compression="lzw", metadata=None)
@@ -212,9 +214,8 @@ def test_threads_share_a_slide_and_processes_a_path(tmp_path: Path) -> None:
 
     def look() -> None:
         for i in range(12):
-            for path in paths:
-                if not np.array_equal(slides.get(path).read(i * 97, i * 31, 256, 256, 0.5).pixels, expected[i]):
-                    wrong.append(i)
+            got = [slides.get(path).read(i * 97, i * 31, 256, 256, 0.5).pixels for path in paths]
+            wrong.extend(i for pixels in got if not np.array_equal(pixels, expected[i]))
 
     threads = [threading.Thread(target=look) for _ in range(4)]
     for thread in threads:

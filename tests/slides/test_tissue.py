@@ -25,9 +25,10 @@ def glass_slide(folder: Path) -> Path:
     return write_tiff(folder / "glass.tif", [np.clip(GLASS + noise, 0, 255).astype(np.uint8)], 4.0)
 
 
-@pytest.mark.parametrize(("seed", "pen", "blur"), [(1, False, False), (3, False, True), (4, True, True)])
-def test_dice_on_phantoms(tmp_path: Path, seed: int, pen: bool, blur: bool) -> None:
-    """Seed 1 has fat in its middle, seed 3 is mostly fat."""
+@pytest.mark.parametrize(("seed", "pen", "blur"), [(3, False, True), (4, True, True)])
+def test_dice_on_phantoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, pen: bool, blur: bool) -> None:
+    """Seed 3 is mostly fat."""
+    monkeypatch.setattr("engine.slides.phantom.FINEST_MPP", 4.0)  # not 256 samples per px: it takes minutes
     height, width, mpp = 450, 525, 8.0
     path = tmp_path / "a.tiff"
     write_phantom_slide(path, Phantom(seed), width, height, mpp, pen, blur)
@@ -99,8 +100,8 @@ def test_a_method_plugs_in_and_is_checked(tmp_path: Path) -> None:
 
 
 def test_a_damaged_level_is_replaced_by_the_finer_one(tmp_path: Path) -> None:
-    picture = np.asarray(Phantom(2).render(0, 0, 1024, 1024, 2.0))
-    path = write_tiff(tmp_path / "a.tif", [picture, picture[::4, ::4].copy()], 2.0, "jpeg")
+    picture = np.asarray(Phantom(2).render(0, 0, 1024, 1024, 0.5))
+    path = write_tiff(tmp_path / "a.tif", [picture, picture[::4, ::4].copy()], 2.0, "jpeg")  # the scale is made up
     with open_slide(path) as slide:
         whole = read_overview(slide, 8.0)
     overwrite(path, tile_bytes(path, 10, 10, 1)[0], bytes(64))
