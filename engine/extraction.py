@@ -122,8 +122,9 @@ class _Run:
                 with engage(self.config, names) as crew:
                     self.progress.replicas = crew.replicas
                     self.facts |= {"device": crew.device}
+                    working = time.perf_counter()
                     self._consume(crew.work(tasks), len(tasks))
-                    self.facts |= {"replicas": crew.replicas()}
+                    self.facts |= {"replicas": crew.replicas(), "working_s": round(time.perf_counter() - working, 3)}
         finally:
             self.progress.close()
             if tasks or not (self.folder / "report.html").exists():

@@ -280,8 +280,9 @@ def test_other_settings_and_empty_folders_are_refused(done: ExtractConfig, tiny:
 
 def test_own_condition_and_two_encoders_in_one_pass(tmp_path: Path) -> None:
     write_slide(tmp_path / "slides" / "a.tif", 300, 300)
-    config = ExtractConfig(str(tmp_path / "slides"), str(tmp_path / "out"), encoders=("zoomldm", "demo"), finder=EVERYTHING,
-                           features=FeatureConfig(condition="own", batch=4))  # fmt: skip
+    settings = FeatureConfig(condition="own", batch=4)
+    slides, out = str(tmp_path / "slides"), str(tmp_path / "out")
+    config = ExtractConfig(slides, out, encoders=("zoomldm", "demo"), finder=EVERYTHING, features=settings)
     assert run(config) == {"a": ""}
     own, ssl = (content(tmp_path / "out" / f / "a.h5") for f in ("features", "features_demo"))
     np.testing.assert_array_equal(own["20x/coords"], ssl["20x/coords"])
