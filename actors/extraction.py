@@ -90,7 +90,8 @@ def _work(config: ExtractConfig, names: tuple[str, str], shape: Shape, tasks: Se
     # One row per Ray block: all blocks of one huge slide would else be read by one task, one after the other.
     context.target_max_block_size = 1
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    slides = ray.data.from_items([{COLUMN: pickle.dumps(t)} for t in tasks], override_num_blocks=len(tasks))
+    # Any: Ray Data types its batches as every format at once.
+    slides: Any = ray.data.from_items([{COLUMN: pickle.dumps(t)} for t in tasks], override_num_blocks=len(tasks))
     planners = max(1, round(sum(n.cpus for n in node_resources()) / 4))
     small: dict[str, Any] = {"batch_size": 1, "zero_copy_batch": True}
     planned = slides.map_batches(

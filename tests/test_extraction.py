@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,8 @@ from written_slides import overwrite, tile_bytes, tissue, write_tiff
 from engine.bags import BagFile
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
 from engine.extract_features import main
-from engine.extraction import extract
+from engine.extraction import Crew, extract
+from engine.extraction_blocks import Message, SlideTask
 from engine.extraction_config import BlockConfig, ExtractConfig
 from engine.extraction_encoders import describe, load_encoders
 from engine.extraction_local import extract_alone
@@ -54,7 +57,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_slide(path: Path, height: int = 640, width: int = 1400, mpp: float | None = 0.5) -> Path:
+def write_slide(path: Path, height: int = 300, width: int = 1400, mpp: float | None = 0.5) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = np.asarray(tissue(350, 550).crop((0, 0, width // 4, height // 4)).resize((width, height)))
     return write_tiff(path, [picture], mpp)
@@ -70,7 +73,7 @@ def flags(config: ExtractConfig) -> list[str]:
 
 
 def config_of(tiny: Path, slides: Path, out: Path) -> ExtractConfig:
-    config = ExtractConfig(str(slides), str(out), finder=EVERYTHING, features=FeatureConfig(batch=4))
+    config = ExtractConfig(str(slides), str(out), finder=EVERYTHING, features=FeatureConfig(batch=2))
     model = replace(config.model, source=str(tiny), device="cpu")
     return replace(config, blocks=BlockConfig(parents=1), model=model)
 
@@ -96,7 +99,7 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
     """Two slides, one of them glass by its drawn tissue; done without interruption."""
     folder = tmp_path_factory.mktemp("done")
     write_slide(folder / "slides" / "a.tif")
-    Image.new("RGB", (700, 600), (245, 245, 246)).save(folder / "slides" / "glass.png")
+    Image.new("RGB", (700, 300), (245, 245, 246)).save(folder / "slides" / "glass.png")
     config = replace(config_of(tiny, folder / "slides", folder / "out"), mpp=0.5, finder=TissueConfig())
     assert run(config) == {"a": "", "glass": ""}
     return config
@@ -106,7 +109,7 @@ def test_a_bag_holds_the_features_of_the_grid(done: ExtractConfig) -> None:
     found, encoders = content(Path(done.out) / "features" / "a.h5"), load_encoders(done, "cpu")
     with open_slide(Path(done.slides) / "a.tif") as slide:
         grid = plan_grid(slide, find_tissue(slide, done.finder), done.grid)
-        assert len(grid) > 8
+        assert len(grid) > 4
         for name, wanted in (("20x/coords", grid.coords), ("5x/coords", grid.parent_coords), ("parent", grid.parent)):
             np.testing.assert_array_equal(found[name], wanted)
         for i in range(len(grid.parent_coords)):
@@ -161,7 +164,7 @@ def test_a_killed_run_continues_to_the_same_bytes(done: ExtractConfig, tiny: Pat
     assert len(list(blocks.glob("*.npy"))) == 3
     kept = {p: p.stat().st_mtime_ns for p in blocks.glob("*.npy")}
     assert not (tmp_path / "out" / "features" / "a.h5").exists()
-    with full_disk(1000), pytest.raises(CanvasError, match="full"):
+    with full_disk(4000), pytest.raises(CanvasError, match="full"):
         run(config)
     assert all(p.stat().st_mtime_ns == t for p, t in kept.items())
     # Another block size: what is written counts by its rows.
@@ -198,25 +201,18 @@ def test_bad_slides_are_listed_and_tried_again_alone(
 
 def test_a_slide_that_vanishes_after_its_plan(tiny: Path, tmp_path: Path) -> None:
     config = config_of(tiny, tmp_path / "slides", tmp_path / "out")
-    gone, stays = (write_slide(tmp_path / "slides" / name, 1100, 1100) for name in ("a.tif", "b.tif"))
-    with_plan = extract_alone
+    gone, stays = (write_slide(tmp_path / "slides" / name) for name in ("a.tif", "b.tif"))
 
-    def engage(config: ExtractConfig, names: tuple[str, str]):  # type: ignore[no-untyped-def]
-        from contextlib import contextmanager
+    @contextmanager
+    def engage(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
+        with extract_alone(config, names) as crew:
 
-        @contextmanager
-        def crew():  # type: ignore[no-untyped-def]
-            with with_plan(config, names) as inner:
+            def work(tasks: Sequence[SlideTask]) -> Iterator[Message]:
+                for message in crew.work(tasks):
+                    os.truncate(gone, 0)  # after the plan, before the last block
+                    yield message
 
-                def work(tasks):  # type: ignore[no-untyped-def]
-                    for number, message in enumerate(inner.work(tasks)):
-                        if number == 0:
-                            os.truncate(gone, 0)
-                        yield message
-
-                yield replace(inner, work=work)
-
-        return crew()
+            yield replace(crew, work=work)
 
     records = extract(config, engage, Progress())
     assert [(r.slide, r.status) for r in records] == [("a", FAILED), ("b", "done")]
@@ -227,7 +223,7 @@ def test_a_slide_that_vanishes_after_its_plan(tiny: Path, tmp_path: Path) -> Non
 def test_damaged_tiles_are_masked_and_too_many_fail_the_slide(tiny: Path, tmp_path: Path) -> None:
     path = tmp_path / "slides" / "a.tif"
     path.parent.mkdir()
-    picture = np.asarray(tissue(350, 550).crop((0, 0, 256, 256)).resize((1024, 1024)))
+    picture = np.asarray(tissue(350, 550).crop((0, 0, 256, 128)).resize((1024, 512)))
     write_tiff(path, [picture], 0.5, compression="jpeg")
     overwrite(path, tile_bytes(path, 256, 512)[0], bytes(tile_bytes(path, 256, 512)[1]))
     config = config_of(tiny, tmp_path / "slides", tmp_path / "out")
@@ -244,12 +240,12 @@ def test_damaged_tiles_are_masked_and_too_many_fail_the_slide(tiny: Path, tmp_pa
 def test_edited_tissue_is_read_back(done: ExtractConfig, tmp_path: Path) -> None:
     drawn = tmp_path / "drawn"
     drawn.mkdir()
-    ring = [[0, 0], [1024, 0], [1024, 512], [0, 512], [0, 0]]
+    ring = [[0, 0], [1024, 0], [1024, 256], [0, 256], [0, 0]]
     (drawn / "a.geojson").write_text(json.dumps({"type": "Feature", "geometry": {
         "type": "Polygon", "coordinates": [ring]}, "properties": {}}))  # fmt: skip
     config = replace(done, out=str(tmp_path / "out"), tissue=str(drawn))
     assert run(config) == {"a": "", "glass": "bad_tissue"}
-    assert content(tmp_path / "out" / "features" / "a.h5")["20x/coords"].max(axis=0).tolist() == [768, 256]
+    assert content(tmp_path / "out" / "features" / "a.h5")["20x/coords"].max(axis=0).tolist() == [768, 0]
 
 
 def test_nothing_is_written_through_a_link(tiny: Path, tmp_path: Path) -> None:
@@ -280,7 +276,7 @@ def test_other_settings_and_empty_folders_are_refused(done: ExtractConfig, tiny:
 
 def test_own_condition_and_two_encoders_in_one_pass(tmp_path: Path) -> None:
     write_slide(tmp_path / "slides" / "a.tif", 300, 300)
-    settings = FeatureConfig(condition="own", batch=4)
+    settings = FeatureConfig(condition="own", batch=2)
     slides, out = str(tmp_path / "slides"), str(tmp_path / "out")
     config = ExtractConfig(slides, out, encoders=("zoomldm", "demo"), finder=EVERYTHING, features=settings)
     assert run(config) == {"a": ""}

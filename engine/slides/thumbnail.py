@@ -13,6 +13,8 @@ from engine.slides.grid import PARENT_FACTOR, TileGrid
 from engine.slides.tissue import Overview, TissueMask
 
 LONGEST_PX = 1024
+LARGEST_ZOOM = 4.0
+"""A small slide is enlarged, so that its tiles can be told apart."""
 TISSUE = (0, 160, 0)
 TILE = (20, 90, 220)
 PARENT = (200, 60, 20)
@@ -21,9 +23,9 @@ PARENT = (200, 60, 20)
 def draw_thumbnail(overview: Overview, tissue: TissueMask, grid: TileGrid, longest: int = LONGEST_PX) -> bytes:
     """Return a JPEG of at most `longest` px: 20x tiles blue, 5x tiles red, the tissue's outline green."""
     height, width = overview.valid.shape
-    shrink = min(1.0, longest / max(height, width))
-    size = max(1, round(width * shrink)), max(1, round(height * shrink))
-    picture = Image.fromarray(overview.pixels).resize(size, Image.Resampling.BOX)
+    zoom = min(LARGEST_ZOOM, longest / max(height, width))
+    size = max(1, round(width * zoom)), max(1, round(height * zoom))
+    picture = Image.fromarray(overview.pixels).resize(size, Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
     # Level-0 px per px of the thumbnail.
     scale = overview.scale[0] * width / size[0], overview.scale[1] * height / size[1]

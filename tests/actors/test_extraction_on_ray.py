@@ -37,12 +37,12 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
     ZoomLDM(tiny_config()).save_pretrained(folder / "tiny")
     (folder / "slides").mkdir()
     for name, width in (("large", 3000), ("small", 500)):
-        picture = np.asarray(tissue(350, 550).crop((0, 0, 550, 200)).resize((width, 1000)))
+        picture = np.asarray(tissue(350, 550).crop((0, 0, 550, 60)).resize((width, 300)))
         write_tiff(folder / "slides" / f"{name}.tif", [picture], 0.5)
     (folder / "slides" / "none.svs").write_text("not a slide")
     config = ExtractConfig(str(folder / "slides"), str(folder / "local"), finder=TissueConfig("everything"))
     model = replace(config.model, source=str(folder / "tiny"), device="cpu")
-    small = FeatureConfig(batch=4)
+    small = FeatureConfig(batch=2)
     config = replace(
         config, model=model, features=small, blocks=BlockConfig(parents=1), ray=RayConfig(batch_timeout_s=300)
     )
