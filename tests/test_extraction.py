@@ -18,6 +18,7 @@ from known_picture import full_disk
 from PIL import Image
 from written_slides import overwrite, tile_bytes, tissue, write_tiff
 
+from engine.arguments import parse
 from engine.bags import BagFile
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
 from engine.extract_features import main
@@ -120,6 +121,11 @@ def test_a_bag_holds_the_features_of_the_grid(done: ExtractConfig) -> None:
             np.testing.assert_array_equal(found["5x/features"][[i]], encode_all(encoders, coarse)["zoomldm"])
 
 
+def test_the_demos_config_is_one() -> None:
+    config = parse(["--config", "configs/demo_features.yaml"], ExtractConfig, "extract", "")
+    assert (config.out, config.synthetic, config.encoders) == ("runs/demo_features", True, ("zoomldm",))
+
+
 def test_glass_is_an_empty_bag(done: ExtractConfig) -> None:
     with BagFile(Path(done.out) / "features" / "glass.h5") as bag:
         width = describe(done)["zoomldm"].dim
@@ -153,7 +159,7 @@ def test_a_second_run_does_nothing_and_a_lost_or_cut_file_is_made_again(done: Ex
     assert (out / "features" / "glass.h5").stat().st_mtime_ns == before[out / "features" / "glass.h5"]
 
 
-def test_a_killed_run_continues_to_the_same_bytes(done: ExtractConfig, tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_run_continues_to_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     config = config_of(tiny, tmp_path / "slides", tmp_path / "out")
     write_slide(tmp_path / "slides" / "a.tif")
     whole = replace(config, out=str(tmp_path / "whole"))
