@@ -48,7 +48,7 @@ def readers(path: Path) -> dict[str, ReadTile]:
     ours, theirs = open_slide(path), openslide.OpenSlide(path)
     tiff = tifffile.TiffFile(path)
     page: Any = tiff.pages[0]
-    array: Any = zarr.open_array(tiff.series[0].levels[0].aszarr(), mode="r")
+    array: Any = zarr.open_array(tiff.series[0].aszarr(level=0), mode="r")
     file, columns = path.open("rb"), -(-page.imagewidth // TILE)
 
     def segment(x: int, y: int) -> np.ndarray:

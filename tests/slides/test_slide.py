@@ -174,6 +174,18 @@ def test_every_format_gives_the_same_px(tmp_path: Path, kind: str, reader: str, 
         assert np.abs(half.astype(int) - box(picture[60:240, 100:300], 2)).mean() <= (2 if kind == "jpg" else 0.3)
 
 
+def test_a_pyramid_of_planes(tmp_path: Path) -> None:
+    picture = small()
+    with tifffile.TiffWriter(tmp_path / "a.ome.tif") as tiff:
+        options = {"tile": (128, 128), "photometric": "rgb", "planarconfig": "separate"}
+        tiff.write(picture.transpose(2, 0, 1), subifds=1, metadata={"axes": "CYX"}, **options)
+        tiff.write(box(picture, 4).transpose(2, 0, 1), subfiletype=1, metadata=None, **options)
+    with open_slide(tmp_path / "a.ome.tif", mpp=0.5) as slide:
+        assert [size[0] for size in slide.sizes] == [520, 130]
+        assert np.array_equal(slide.read(40, 80, 64, 64, 2.0).pixels, box(picture, 4)[20:84, 10:74])
+        assert np.array_equal(slide.read(40, 80, 64, 64, 0.5).pixels, picture[80:144, 40:104])
+
+
 def test_openslide_reads_the_same(tmp_path: Path) -> None:
     picture = ruler(0.29)
     path = write_tiff(tmp_path / "a.tif", [picture, box(picture, 4)], 0.29, "jpeg")

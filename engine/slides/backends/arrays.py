@@ -79,8 +79,9 @@ class ArrayLevels:
     def of_tiff(cls, path: Path, name: str, series: int, claims: Claims) -> "ArrayLevels":
         """Open a series of axes C or S, Y, X of a TIFF that was found to be whole."""
         tiff = tifffile.TiffFile(path)
-        levels = tiff.series[series].levels
-        arrays: list[Any] = [zarr.open_array(level.aszarr(), mode="r") for level in levels]
+        found_series = tiff.series[series]
+        count = len(found_series.levels)
+        arrays: list[Any] = [zarr.open_array(found_series.aszarr(level=i), mode="r") for i in range(count)]
         found = cls(path, name, arrays, ["c", "y", "x"], claims, "tifffile")
         found._file = tiff
         return found
