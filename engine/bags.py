@@ -114,9 +114,13 @@ class BagFile:
         """Return coordinates, parents and sizes of one scale."""
         self.shape(scale)
         attributes = _attributes(self._opened()[scale])
-        width, height = (float(px) for px in attributes["tile_level0_px"])
+        try:
+            width, height = (float(px) for px in attributes["tile_level0_px"])
+            mpp = float(attributes["mpp"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(error) from error
         parent = None if scale == self.scales[-1] else self.parent(scale)
-        return BagScale(scale, float(attributes["mpp"]), (width, height), self.coords(scale), parent)
+        return BagScale(scale, mpp, (width, height), self.coords(scale), parent)
 
     def plan(self) -> BagPlan:
         """Return all but the features."""

@@ -144,23 +144,33 @@ class DiffusionEncoder:
 
     @torch.inference_mode()
     def _encode_batch(self, tiles: TilePixels, index: int) -> Tensor:
-        model, t = self.model, self.config.timestep
-        images = torch.from_numpy(tiles.images).to(model.device).float() / 127.5 - 1
-        stream = f"features/{tiles.slide}/{tiles.scale}"
-        noise = np.stack(
-            # Modulo: a tile may begin left of the slide, and the counter knows no negative numbers.
-            [noise_block(self.config.seed, stream, t, int(y) % 2**64, int(x) % 2**64) for x, y in tiles.coords]
-        )
-        alpha_bar = float(model.alphas_cumprod[t])
-        latents = model.encode(images)
-        x_t = alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * torch.from_numpy(noise).to(latents)
-        return model.features(x_t, t, self._context(tiles, index), self.config.blocks)
+        latents = self.model.encode(as_images(tiles, self.model.device))
+        x_t = noised(self.model, latents, tiles, self.config.timestep, self.config.seed)
+        return self.model.features(x_t, self.config.timestep, self._context(tiles, index), self.config.blocks)
 
     def _context(self, tiles: TilePixels, index: int) -> Tensor:
         if tiles.cells is None or self.config.condition == "null":
             return self.model.null_context(len(tiles.coords))
         grids = list(torch.from_numpy(tiles.cells).to(self.model.device))
         return self.model.summarize(grids, [index] * len(grids))
+
+
+def as_images(tiles: TilePixels, device: torch.device) -> Tensor:
+    """Return the pixels as the model takes them: float32 (n, 3, 256, 256) in [−1, 1]; bytes travel to the device."""
+    return torch.from_numpy(tiles.images).to(device).float() / 127.5 - 1
+
+
+def noised(model: ZoomLDM, latents: Tensor, tiles: TilePixels, timestep: int, seed: int) -> Tensor:
+    """Noise latents (n, 3, 64, 64) to a timestep, each with the noise of its slide, magnification and place."""
+    stream = f"features/{tiles.slide}/{tiles.scale}"
+    noise = [
+        # Modulo: a tile may begin left of the slide, and the counter knows no negative numbers.
+        noise_block(seed, stream, timestep, int(y) % 2**64, int(x) % 2**64)
+        for x, y in tiles.coords
+    ]
+    alpha_bar = float(model.alphas_cumprod[timestep])
+    drawn = torch.from_numpy(np.stack(noise)).to(latents)
+    return alpha_bar**0.5 * latents + (1 - alpha_bar) ** 0.5 * drawn
 
 
 class SSLTileEncoder:

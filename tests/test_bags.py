@@ -246,6 +246,18 @@ def test_a_foreign_file_is_not_replaced(tmp_path: Path) -> None:
         is_finished(path, known_plan())
 
 
+def test_a_bag_that_lost_an_attribute_is_damaged(tmp_path: Path) -> None:
+    plan = known_plan()
+    path = write_bag(tmp_path / "a.h5", plan, known_features(plan))
+    with h5py.File(path, "a") as file:
+        del file["20x"].attrs["mpp"]
+    assert not is_finished(path, plan)
+    with h5py.File(path, "a") as file:
+        del file.attrs["mpp_x"]
+    with pytest.raises(BagError, match="damaged"):
+        BagFile(path)
+
+
 @pytest.mark.parametrize("name", ["../a", "/etc/a", "a/b", "..", ".hidden", "", "a\0b", "a\nb", "x" * 201])
 def test_a_name_that_would_leave_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(BagError, match="a slide's name must"):

@@ -18,10 +18,13 @@ from engine.model.zoomldm import ZoomLDM
 ASK = """
 import sys
 from engine.errors import CheckpointError
+from engine.model.encoders import load_encoder
 from engine.model.hub import locate, locate_files
 try:
     if sys.argv[1] == "model":
         print(locate("StonyBrook-CVLab/ZoomLDM", "brca"))
+    elif sys.argv[1] == "features":
+        load_encoder("phikon", flag="--features.encoder_source")
     else:
         print(locate_files("MahmoodLab/UNI", ["pytorch_model.bin"], "The SSL encoder UNI", "--model.encoder_source"))
 except CheckpointError as error:
@@ -80,6 +83,12 @@ def test_offline_the_message_says_how_to_bring_the_files(tmp_path: Path) -> None
     )
     assert "pass --model.source checkpoints/ZoomLDM --model.variant brca" in said
     assert "Traceback" not in said
+
+
+def test_an_encoder_of_features_names_the_flag_of_its_command(tmp_path: Path) -> None:
+    said = ask("features", tmp_path, HF_HUB_OFFLINE="1")
+    assert "hf download owkin/phikon model.safetensors --local-dir checkpoints/phikon" in said
+    assert "pass --features.encoder_source checkpoints/phikon" in said
 
 
 def test_an_unreachable_hub_is_not_waited_for(tmp_path: Path) -> None:
