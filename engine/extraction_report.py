@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from engine.errors import CanvasError
+from engine.errors import UNREADABLE, CanvasError
 from engine.state import write_atomically
 
 REPORT, PAGE = "report.json", "report.html"
@@ -121,9 +121,12 @@ def _preview(path: Path) -> str:
     if not path.is_file():
         return ""
     small = io.BytesIO()
-    with Image.open(path) as picture:
-        picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
-        picture.save(small, "JPEG", quality=75)
+    try:
+        with Image.open(path) as picture:
+            picture.thumbnail((PREVIEW_PX, PREVIEW_PX))
+            picture.save(small, "JPEG", quality=75)
+    except UNREADABLE:
+        return "damaged"
     data, link = base64.b64encode(small.getvalue()).decode(), f"thumbnails/{quote(path.name)}"
     return f'<a href="{link}"><img src="data:image/jpeg;base64,{data}" alt=""></a>'
 

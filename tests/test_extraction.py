@@ -16,7 +16,7 @@ import pytest
 import torch
 from known_picture import full_disk
 from PIL import Image
-from written_slides import overwrite, tile_bytes, tissue, write_tiff
+from written_slides import box, overwrite, tile_bytes, tissue, write_tiff
 
 from engine.arguments import parse
 from engine.bags import BagFile
@@ -100,7 +100,7 @@ def done(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
     """Two slides, one of them glass by its drawn tissue; done without interruption."""
     folder = tmp_path_factory.mktemp("done")
     write_slide(folder / "slides" / "a.tif")
-    Image.new("RGB", (700, 300), (245, 245, 246)).save(folder / "slides" / "glass.png")
+    Image.new("RGB", (700, 600), (245, 245, 246)).save(folder / "slides" / "glass.png")
     config = replace(config_of(tiny, folder / "slides", folder / "out"), mpp=0.5, finder=TissueConfig())
     assert run(config) == {"a": "", "glass": ""}
     return config
@@ -230,7 +230,7 @@ def test_damaged_tiles_are_masked_and_too_many_fail_the_slide(tiny: Path, tmp_pa
     path = tmp_path / "slides" / "a.tif"
     path.parent.mkdir()
     picture = np.asarray(tissue(350, 550).crop((0, 0, 256, 128)).resize((1024, 512)))
-    write_tiff(path, [picture], 0.5, compression="jpeg")
+    write_tiff(path, [picture, box(picture, 4)], 0.5, compression="jpeg")  # the tissue is seen at the whole level
     overwrite(path, tile_bytes(path, 256, 512)[0], bytes(tile_bytes(path, 256, 512)[1]))
     config = config_of(tiny, tmp_path / "slides", tmp_path / "out")
     strict = replace(config, blocks=replace(config.blocks, slide_damage=0.01))
