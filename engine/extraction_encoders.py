@@ -51,7 +51,10 @@ def load_encoders(config: ExtractConfig, device: str) -> list[TileEncoder]:
     named = [name for name in config.encoders if name != ZOOMLDM]
     conditioner = model.config.encoder if model is not None and ZOOMLDM in config.encoders and own else None
     found = {}
-    for name in dict.fromkeys([*named, *([conditioner] if conditioner else [])]):
+    if conditioner is not None and conditioner not in named:
+        named.append(conditioner)
+    for name in named:
+        # With several, the folder is that of the one the model is conditioned on.
         source = section.encoder_source if name == conditioner or len(named) == 1 else None
         found[name] = load_encoder(name, source, model.extras if model is not None else {}, device, dtype)
     encoders: list[TileEncoder] = []
