@@ -114,9 +114,9 @@ def measure(config: ExtractConfig, crew: str, rounds: int, out: Path) -> list[Ro
         records = extract(here, CREWS[crew], Progress())
         assert all(record.status == DONE for record in records), records
         report = json.loads((out / str(number) / "report.json").read_text())
-        found.append(
-            Round(report["tiles"], report["working_s"], *seconds, report["stages"], report["model_waited_share"])
-        )
+        memory_s, fine_s, coarse_s = seconds
+        stages, waited = report["stages"], report["model_waited_share"]
+        found.append(Round(report["tiles"], report["working_s"], memory_s, fine_s, coarse_s, stages, waited))
     return found
 
 
