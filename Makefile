@@ -3,13 +3,17 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults lint train-demo clean
+.PHONY: help demo demo-features test faults lint train-demo clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: .venv/.installed  ## make .venv, sample a picture with the embedded demo model, say where it is
 	$(BIN)/python generate_large.py --config configs/demo.yaml
+
+demo-features: .venv/.installed  ## make .venv, write six phantom slides, extract their features with the demo model
+	$(BIN)/python -m engine.phantom_slides --out runs/phantom_slides
+	$(BIN)/python -m engine.extract_features --config configs/demo_features.yaml
 
 test: lint  ## make .venv, check style and types, run the tests
 	$(BIN)/python -m pytest

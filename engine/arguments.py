@@ -89,7 +89,7 @@ def parse_with_flags(
             files |= dict.fromkeys(_check_file(name, keys), name)
         _check_flags(argv, keys, {"config", "help", "print_config", *flags})
         values = parser.parse_args(list(argv))
-        given = frozenset(name for name in flags if values.pop(name))
+        given = frozenset(name for name in flags if values.pop(name.replace("-", "_")))
         values.pop("config")
         built = parser.instantiate(values)
         return schema(**{f.name: built[f.name] for f in fields(schema)}), given  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ itself would not do: a file that was open for writing when its process died cann
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -54,12 +54,20 @@ class BagWriter:
     def missing(self, scale: str) -> list[tuple[int, int]]:
         """Return the row ranges [start, stop) that no block holds yet, ascending."""
         gaps, at = [], 0
-        for start, stop, _ in self._blocks(scale):
+        for start, stop, _ in _blocks(self.folder, scale):
             if start > at:
                 gaps.append((at, start))
             at = max(at, stop)
         rows = len(self.plan.scale(scale).coords)
         return [*gaps, (at, rows)] if at < rows else gaps
+
+    def masked(self, scale: str) -> int:
+        """Return how many of the rows written so far are not valid."""
+        count, at = 0, 0
+        for start, stop, block in _blocks(self.folder, scale):
+            count += int(np.isnan(block[max(at, start) - start :, 0]).sum())
+            at = max(at, stop)
+        return count
 
     def write(self, scale: str, start: int, features: NDArray[np.floating], valid: NDArray | None = None) -> None:
         """Store the features (n, D) of rows start … start + n; rows with `valid` (n,) 0 become NaN.
@@ -127,7 +135,7 @@ class BagWriter:
             fletcher32=True,  # damage inside the file is an error, not another feature
         )
         valid, at = np.zeros(rows, np.uint8), 0
-        for start, stop, block in self._blocks(scale.name):
+        for start, stop, block in _blocks(self.folder, scale.name):
             for first in range(max(at, start), stop, _ROWS_AT_ONCE):
                 part = np.asarray(block[first - start : first - start + _ROWS_AT_ONCE])
                 features[first : first + len(part)] = part
@@ -138,16 +146,22 @@ class BagWriter:
         if scale.parent is not None:
             group.create_dataset("parent", data=scale.parent)
 
-    def _blocks(self, scale: str) -> Iterator[tuple[int, int, NDArray]]:
-        """Yield whole blocks of one scale as start, stop and rows (mapped, not loaded), by start."""
-        for path in sorted(self.folder.glob("*.npy")):
-            found = _BLOCK.fullmatch(path.name)
-            if found and found[1] == scale:
-                try:
-                    block = np.load(path, mmap_mode="r", allow_pickle=False)
-                except ValueError:
-                    continue  # it lost its end, though not by our doing: made again
-                yield int(found[2]), int(found[3]), block
+
+def written(path: Path, scales: Sequence[str]) -> dict[str, list[tuple[int, int]]]:
+    """Return which rows [start, stop) of the unfinished bag of a path are written, by scale; none without one."""
+    return {scale: [(start, stop) for start, stop, _ in _blocks(_blocks_of(path), scale)] for scale in scales}
+
+
+def _blocks(folder: Path, scale: str) -> Iterator[tuple[int, int, NDArray]]:
+    """Yield whole blocks of one scale as start, stop and rows (mapped, not loaded), by start."""
+    for path in sorted(folder.glob("*.npy")):
+        found = _BLOCK.fullmatch(path.name)
+        if found and found[1] == scale:
+            try:
+                block = np.load(path, mmap_mode="r", allow_pickle=False)
+            except ValueError:
+                continue  # it lost its end, though not by our doing: made again
+            yield int(found[2]), int(found[3]), block
 
 
 def discard_blocks(path: Path) -> None:

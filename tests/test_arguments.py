@@ -10,7 +10,9 @@ import yaml
 from engine.arguments import PROJECT_ROOT, parse, parse_with_flags, take
 from engine.config import RunConfig
 
-RECIPES = sorted(p for p in (PROJECT_ROOT / "configs").glob("*.yaml") if not p.name.startswith("train_"))
+OTHERS = ("train_", "demo_features")
+"""Configs of other commands."""
+RECIPES = sorted(p for p in (PROJECT_ROOT / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 
 
 def read(*argv: str) -> RunConfig:

@@ -1,0 +1,159 @@
+"""Extraction on Ray Data: slides → plans and blocks → pixels → vectors, which the driver writes.
+
+Coordinates travel to the readers, pixels to the encoders, vectors to the driver; slides need to be where readers run,
+the run folder only where the driver runs. Invariant: the same functions as `extract_alone`, so the same features; what
+fails is data, for Ray Data knows no failure of a part. It does not know tissue, grids or networks.
+Source: Ray 2.60; on the deadlock of actor pools that hold all CPUs, ray issue 44687.
+"""
+
+import logging
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray.data
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data.exceptions import ExecutionTimeoutError
+from ray.exceptions import RayError, UserCodeException
+
+from actors.cluster import node_resources
+from engine.errors import ClusterError
+from engine.extraction import Crew
+from engine.extraction_blocks import BlockEncoder, BlockPixels, Message, SlideTask, SlideWorker, TileBlock
+from engine.extraction_config import ExtractConfig
+from engine.extraction_encoders import load_encoders
+from engine.run import pin_arithmetic
+
+READ_CPUS = 0.25
+"""Of a reading or planning task. All shares are multiples of this and the encoders leave one free on every CPU: an
+actor pool that holds all CPUs for the whole run would wait for ever for its readers."""
+ENCODE_CPUS = 0.75
+"""Of an encoder on CPUs: one per CPU, the rest is for reading. On GPUs it takes no CPU, so that it cannot block."""
+IN_FLIGHT = 2
+"""Blocks at an encoder: one at work, one waiting."""
+COLUMN = "item"
+Rows = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many encoders, and on what."""
+
+    replicas: int
+    device: str
+    gpus: float
+    cpus: float
+
+
+def shape_of(config: ExtractConfig) -> Shape:
+    """Choose by what the cluster has now. Raises ClusterError when a GPU is asked for and there is none."""
+    nodes = node_resources()
+    cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
+    if config.model.device == "cuda" and not gpus:
+        here = "; ".join(map(str, nodes))
+        raise ClusterError(f"model.device=cuda needs GPUs in the cluster; it has {here}. Use model.device=cpu.")
+    if config.model.device != "cpu" and gpus:
+        fit = max(1, int(gpus / config.ray.gpus_per_replica))
+        # More than fit now wait for nodes that join.
+        return Shape(config.ray.replicas or fit, "cuda", config.ray.gpus_per_replica, 0.0)
+    fit = max(1, int(cpus))
+    return Shape(min(config.ray.replicas or fit, fit), "cpu", 0.0, ENCODE_CPUS)
+
+
+def work_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Crew:
+    """Return the crew on the connected cluster. Raises ClusterError."""
+    shape, here = shape_of(config), _with_whole_paths(config)
+    return Crew(lambda tasks: _work(here, names, shape, tasks), shape.device, lambda: shape.replicas)
+
+
+def _with_whole_paths(config: ExtractConfig) -> ExtractConfig:
+    """Return the config with paths that hold in a worker's folder too."""
+
+    def whole(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+    source, encoder = whole(config.model.source) or config.model.source, whole(config.model.encoder_source)
+    model = replace(config.model, source=source, encoder_source=encoder)
+    return replace(config, model=model, overrides=whole(config.overrides), tissue=whole(config.tissue))
+
+
+def _work(config: ExtractConfig, names: tuple[str, str], shape: Shape, tasks: Sequence[SlideTask]) -> Iterator[Message]:
+    """Yield what the pipeline gives, in any order. Raises ClusterError when it stands still or its nodes are lost."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = config.ray.batch_timeout_s
+    # One row per Ray block: all blocks of one huge slide would else be read by one task, one after the other.
+    context.target_max_block_size = 1
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Any: Ray Data types its batches as every format at once.
+    slides: Any = ray.data.from_items([{COLUMN: pickle.dumps(t)} for t in tasks], override_num_blocks=len(tasks))
+    planners = max(1, round(sum(n.cpus for n in node_resources()) / 4))
+    small: dict[str, Any] = {"batch_size": 1, "zero_copy_batch": True}
+    planned = slides.map_batches(
+        _plan, fn_args=(config, names), num_cpus=READ_CPUS, compute=TaskPoolStrategy(planners), **small
+    )
+    results = planned.map_batches(_read, fn_args=(config, names), num_cpus=READ_CPUS, **small).map_batches(
+        _Encoder,
+        fn_constructor_args=(config, shape.device),
+        num_cpus=shape.cpus,
+        num_gpus=shape.gpus or None,
+        compute=ActorPoolStrategy(min_size=1, max_size=shape.replicas, max_tasks_in_flight_per_actor=IN_FLIGHT),
+        **small,
+    )
+    try:
+        for rows in results.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+            yield from _unpacked(rows)
+    except UserCodeException:
+        raise  # a bug of ours, with its own stack
+    except (RayError, ExecutionTimeoutError) as error:
+        raise ClusterError(
+            f"The cluster must keep the pipeline going; {str(error).strip().splitlines()[-1]}. What was written is "
+            "kept: run the same command again, on nodes with more memory if workers were killed for it."
+        ) from error
+
+
+def _packed(item: Any) -> Rows:
+    """Return one row. Bytes and no tensor columns: plans, pixels and failures share the way."""
+    column = np.empty(1, object)
+    column[0] = pickle.dumps(item, protocol=5)
+    return {COLUMN: column}
+
+
+def _unpacked(rows: Rows) -> Iterator[Any]:
+    return map(pickle.loads, rows[COLUMN])
+
+
+@lru_cache(maxsize=1)
+def _worker(config: ExtractConfig, names: tuple[str, str]) -> SlideWorker:
+    """Return this process's worker: open slides stay open between tasks."""
+    return SlideWorker(config, names)
+
+
+def _plan(rows: Rows, config: ExtractConfig, names: tuple[str, str]) -> Iterator[Rows]:
+    """Turn a task into its plan and then its blocks."""
+    for task in _unpacked(rows):
+        for planned in _worker(config, names).plan(task):
+            yield _packed(planned)
+
+
+def _read(rows: Rows, config: ExtractConfig, names: tuple[str, str]) -> Iterator[Rows]:
+    """Turn a block into its pixels; what is not a block passes."""
+    for item in _unpacked(rows):
+        yield _packed(_worker(config, names).read(item) if isinstance(item, TileBlock) else item)
+
+
+class _Encoder:
+    """Pixels → vectors, in an actor; what is not pixels passes."""
+
+    def __init__(self, config: ExtractConfig, device: str) -> None:
+        pin_arithmetic(config.model.threads)
+        self._encoder = BlockEncoder(load_encoders(config, device))
+
+    def __call__(self, rows: Rows) -> Iterator[Rows]:
+        for item in _unpacked(rows):
+            yield _packed(self._encoder.encode(item) if isinstance(item, BlockPixels) else item)

@@ -1,0 +1,218 @@
+"""How much of the model's speed does the extraction of features keep, who holds it up, how much memory does it take?
+
+    python -m benchmarks.features [--crew alone|ray] [--slides 3] [--size 2560] [--rounds 3] [--threads 2] [--json FILE]
+    python -m benchmarks.features --memory 60000 [--crew alone|ray]
+
+First form: phantom slides and the embedded model, in rounds that take turns, so that a machine that gets slower meets
+both: the whole pipeline (read, encode both scales, write), and the same encoders fed with the same blocks from memory.
+A figure is the median round. Targets: whole ≥ 0.90 of the tiles/s from memory; time of the whole ≤ 1.15 × the sum of
+the model's times at 20x and at 5x. With --crew ray the model's times are those of one process, and --threads of each
+replica; only the shares of the stages are then to be compared.
+
+Second form: one slide of that many px on each side, glass but for a piece of tissue, and the peak of the memory of all
+processes together (proportional set size, looked at four times a second). Target: 3 GiB. Linux only.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import tifffile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this is not the project's folder
+
+from engine.extraction import Crew, extract
+from engine.extraction_blocks import BlockEncoder, BlockPixels, SlideTask, SlideWorker, TileBlock
+from engine.extraction_config import ExtractConfig
+from engine.extraction_encoders import load_encoders, scale_names
+from engine.extraction_local import extract_alone
+from engine.extraction_report import DONE
+from engine.features import encode_all
+from engine.progress import Progress
+from engine.run import pin_arithmetic
+from engine.slides.phantom import Phantom
+from engine.slides.phantom_slide import write_phantom_slide
+from engine.slides.slide import find_slides, slide_name
+
+TILE, FACTOR, PIECE = 256, 4, 2048
+
+
+@contextmanager
+def extract_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
+    """Compute on a private Ray, as the command does."""
+    from actors.cluster import connect
+    from actors.extraction import work_on_ray
+
+    with connect(config.ray):
+        yield work_on_ray(config, names)
+
+
+CREWS = {"alone": extract_alone, "ray": extract_on_ray}
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds of one round; tiles are of both scales."""
+
+    tiles: int
+    whole_s: float
+    memory_s: float
+    fine_s: float
+    coarse_s: float
+    stages: dict[str, dict[str, float]]
+    model_waited_share: float
+
+
+def figures(rounds: list[Round]) -> dict[str, object]:
+    """Return the figures that have targets, and the stage that works longest per tile beside the model."""
+    of_memory = statistics.median(r.memory_s / r.whole_s for r in rounds)
+    of_sum = statistics.median(r.whole_s / (r.fine_s + r.coarse_s) for r in rounds)
+    last = rounds[-1].stages
+    return {
+        "tiles": rounds[0].tiles,
+        "tiles_per_s": round(statistics.median(r.tiles / r.whole_s for r in rounds), 2),
+        "share_of_model_from_memory": round(of_memory, 3),
+        "both_scales_over_sum_of_model_times": round(of_sum, 3),
+        "model_waited_share": round(statistics.median(r.model_waited_share for r in rounds), 4),
+        "ms_per_tile": {name: round(1000 / s["tiles_per_s"], 3) for name, s in last.items() if s["tiles_per_s"]},
+        "bottleneck": max(last, key=lambda name: last[name]["seconds"]),
+    }
+
+
+def pixels_of(config: ExtractConfig) -> list[BlockPixels]:
+    """Read all blocks of all slides into memory."""
+    worker = SlideWorker(config, scale_names(config))
+    tasks = [SlideTask(slide_name(path), path, ({},)) for path in find_slides(Path(config.slides))]
+    blocks = [b for task in tasks for b in worker.plan(task) if isinstance(b, TileBlock)]
+    return [pixels for pixels in map(worker.read, blocks) if isinstance(pixels, BlockPixels)]
+
+
+def measure(config: ExtractConfig, crew: str, rounds: int, out: Path) -> list[Round]:
+    """Run all rounds, each into a folder of its own."""
+    pin_arithmetic(config.model.threads)
+    pixels, encoder = pixels_of(config), BlockEncoder(load_encoders(config, "cpu"))
+    found = []
+    for number in range(rounds):
+        seconds = []
+        for scales in (("fine", "coarse"), ("fine",), ("coarse",)):
+            start = time.perf_counter()
+            for block in pixels:
+                for scale in scales:
+                    encode_all(encoder.encoders, getattr(block, scale))
+            seconds.append(time.perf_counter() - start)
+        here = replace(config, out=str(out / str(number)))
+        records = extract(here, CREWS[crew], Progress())
+        assert all(record.status == DONE for record in records), records
+        report = json.loads((out / str(number) / "report.json").read_text())
+        memory_s, fine_s, coarse_s = seconds
+        stages, waited = report["stages"], report["model_waited_share"]
+        found.append(Round(report["tiles"], report["working_s"], memory_s, fine_s, coarse_s, stages, waited))
+    return found
+
+
+def write_glass(path: Path, size: int) -> None:
+    """Write a slide of size × size px at 0.5 µm/px: glass, and PIECE × PIECE px of tissue in its middle."""
+    piece = Phantom(0).render(0.0, 0.0, PIECE, PIECE, 0.5)
+    with tifffile.TiffWriter(path, bigtiff=True) as tiff:
+        for level in range(4):
+            px, factor = -(-size // FACTOR**level), FACTOR**level
+            reduced = piece.reshape(PIECE // factor, factor, PIECE // factor, factor, 3).mean((1, 3)).astype(np.uint8)
+            tiff.write(
+                _glass_tiles(px, reduced),
+                shape=(px, px, 3),
+                dtype=np.uint8,
+                photometric="rgb",
+                tile=(TILE, TILE),
+                compression="jpeg",
+                subfiletype=1 if level else 0,
+                resolution=(2e4 / factor, 2e4 / factor),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+            )
+
+
+def _glass_tiles(px: int, piece: np.ndarray) -> Iterator[np.ndarray]:
+    glass, n = np.full((TILE, TILE, 3), 245, np.uint8), -(-px // TILE)
+    first, count = n // 2, -(-len(piece) // TILE)
+    for row in range(n):
+        for column in range(n):
+            y, x = row - first, column - first
+            tile = glass
+            if 0 <= y < count and 0 <= x < count:
+                part = piece[y * TILE : (y + 1) * TILE, x * TILE : (x + 1) * TILE]
+                tile = glass.copy()
+                tile[: part.shape[0], : part.shape[1]] = part
+            yield tile
+
+
+@contextmanager
+def watched_memory() -> Iterator[list[int]]:
+    """Collect, inside, the bytes of this process and all below it; shared pages are counted once."""
+    seen, over = [0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.25):
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                try:
+                    total += process.memory_full_info().pss
+                except psutil.Error:
+                    continue  # it ended meanwhile
+            seen.append(total)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--crew", choices=sorted(CREWS), default="alone")
+    parser.add_argument("--slides", type=int, default=3)
+    parser.add_argument("--size", type=int, default=2560, help="px of each side of a slide")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", type=int, help="px of each side of the one large slide")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        config = ExtractConfig(str(folder / "slides"), str(folder / "out"))
+        config = replace(config, model=replace(config.model, device="cpu", threads=args.threads))
+        result: dict[str, object] = {"crew": args.crew, "threads": args.threads}
+        (folder / "slides").mkdir()
+        if args.memory:
+            write_glass(folder / "slides" / "large.tif", args.memory)
+            with watched_memory() as seen:
+                records = extract(config, CREWS[args.crew], Progress())
+            result |= {
+                "px": args.memory,
+                "peak_gib": round(max(seen) / 2**30, 3),
+                "slides": [asdict(r) for r in records],
+            }
+        else:
+            for seed in range(args.slides):
+                write_phantom_slide(folder / "slides" / f"{seed}.tiff", Phantom(seed), args.size, args.size)
+            result |= figures(measure(config, args.crew, args.rounds, folder / "out"))
+    print(json.dumps(result, indent=1))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

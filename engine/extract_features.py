@@ -1,0 +1,88 @@
+"""Extract features of a folder of slides at two magnifications in one pass over the pixels.
+
+    python -m engine.extract_features --slides DIR --out DIR
+    python -m engine.extract_features --slides DIR --dry-run
+    python -m engine.extract_features --slides DIR --out DIR --retry-failed
+
+Run the same command again to continue. This is the one module of the engine that may name `actors`, and only inside
+the function that is called when Ray is wanted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but for some slides (they are listed), 130 or 143 interrupted.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from engine.arguments import parse_with_flags
+from engine.errors import EngineError
+from engine.extraction import Crew, extract, slides_of
+from engine.extraction_config import ExtractConfig
+from engine.extraction_local import extract_alone
+from engine.extraction_report import FAILED
+from engine.progress import Progress
+from engine.slides.resolution import read_overrides
+from engine.slides.table import format_table, inspect_slides, write_csv
+
+PROG = "python -m engine.extract_features"
+FLAGS = {
+    "dry-run": "open every slide, print what is known of it, write the same to OUT/slides.csv, and stop",
+    "retry-failed": "try only the slides that the last run lists as failed",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config, flags = parse_with_flags(argv, ExtractConfig, PROG, (__doc__ or "").splitlines()[0], FLAGS)
+    progress = Progress()
+    try:
+        if "dry-run" in flags:
+            return dry_run(config)
+        records = extract(config, extract_on_ray if config.ray.enabled else extract_alone, progress,
+                          "retry-failed" in flags)  # fmt: skip
+    except EngineError as error:
+        progress.say(f"engine.extract_features: {error}")
+        return 1
+    except (KeyboardInterrupt, SystemExit) as stop:  # actors.cluster turns SIGTERM into SystemExit
+        progress.say(f"Interrupted. Every written block is in {config.out}; run the same command again to continue.")
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    failed = [record for record in records if record.status == FAILED]
+    sys.stdout.write(f"{len(records) - len(failed)} of {len(records)} slides are in {config.out}: see report.html.\n")
+    for record in failed:
+        sys.stdout.write(f"failed ({record.code}): {record.slide}\n")
+    if failed:
+        sys.stdout.write("Mend them, then run the command with --retry-failed.\n")
+    return 3 if failed else 0
+
+
+def dry_run(config: ExtractConfig) -> int:
+    """Print the table of slides and write it as CSV; 3 if some cannot be used. Raises EngineError."""
+    overrides = None if config.overrides is None else read_overrides(Path(config.overrides))
+    rows = list(inspect_slides(slides_of(config), config.finder, config.grid, overrides, config.mpp))
+    table = Path(config.out) / "slides.csv"
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(table, rows)
+    sys.stdout.write(f"{format_table(rows)}\nThe same as CSV: {table}\n")
+    return 0 if all(row.usable for row in rows) else 3
+
+
+@contextmanager
+def extract_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
+    """Compute on the replicas of a Ray cluster, or of a private Ray."""
+    # The package actors looks there when it chooses how to authenticate, which must be before Ray is imported.
+    if config.ray.address is not None:
+        os.environ["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS", "auto") if config.ray.address == "auto" else (
+            config.ray.address)  # fmt: skip
+
+    from actors.cluster import connect  # Ray is imported only by runs that use it
+    from actors.extraction import work_on_ray
+
+    with connect(config.ray):
+        yield work_on_ray(config, names)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

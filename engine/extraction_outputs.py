@@ -1,0 +1,206 @@
+"""What an extraction leaves per slide: bags, thumbnail, tissue. The only writer of a run folder.
+
+Invariant: a block that was taken survives a kill; files appear whole. It does not know how vectors come about.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from engine import __version__
+from engine.bag_plan import check_slide_name
+from engine.bag_writer import BagWriter, written
+from engine.bags import BagAttributes, BagFile, BagPlan, BagScale, bag_path
+from engine.errors import BagError, BagMismatchError, SlideError
+from engine.extraction_blocks import BlockFeatures, SlidePlan, SlideTask
+from engine.extraction_config import ExtractConfig
+from engine.extraction_encoders import EncoderFacts
+from engine.extraction_report import DONE, SlideRecord
+from engine.slides.grid import PARENT_FACTOR
+from engine.slides.tissue_geojson import write_tissue
+from engine.state import write_atomically
+
+THUMBNAILS, TISSUE = "thumbnails", "tissue"
+
+
+@dataclass
+class _OpenSlide:
+    """A slide whose blocks arrive."""
+
+    plan: SlidePlan
+    writers: dict[str, BagWriter]
+    waiting: int
+    started: float
+    damaged: int = 0
+
+
+@dataclass
+class SlideOutputs:
+    """Writes what arrives; knows which slides are under way."""
+
+    folder: Path
+    config: ExtractConfig
+    names: tuple[str, str]
+    encoders: Mapping[str, EncoderFacts]
+    write_s: float = 0.0
+    _open: dict[str, _OpenSlide] = field(default_factory=dict)
+
+    def task(self, slide: str, path: Path) -> SlideTask | None:
+        """Return what of a slide is to do, or None if nothing is missing.
+
+        Raises: BagError for a name that cannot be used; BagMismatchError if its bag was made with other settings.
+        """
+        check_slide_name(slide)
+        todo = [name for name in self.encoders if not self._has_bag(name, slide)]
+        beside = (self.folder / THUMBNAILS / f"{slide}.jpg", self.folder / TISSUE / f"{slide}.geojson")
+        if not todo and all(p.is_file() for p in beside):
+            return None
+        return SlideTask(slide, path, tuple(written(self._bag(name, slide), self.names) for name in todo))
+
+    def begin(self, plan: SlidePlan) -> SlideRecord | None:
+        """Take up a slide; return its record if no block is missing. Raises: BagError, CanvasError, SlideError."""
+        start = time.perf_counter()
+        writers = {}
+        for name, facts in self.encoders.items():
+            if not self._has_bag(name, plan.slide):
+                writers[name] = BagWriter(self._bag(name, plan.slide), self._bag_plan(plan, facts))
+        write_tissue(self._beside(TISSUE, plan.slide, ".geojson"), plan.tissue)
+        write_atomically(self._beside(THUMBNAILS, plan.slide, ".jpg"), plan.thumbnail)
+        self._open[plan.slide] = _OpenSlide(plan, writers, len(plan.blocks), start - plan.seconds)
+        return self._finish_if_complete(plan.slide, start)
+
+    def take(self, block: BlockFeatures) -> SlideRecord | None:
+        """Store a block; return the slide's record when it was the last. Raises: BagError, CanvasError, SlideError.
+
+        Blocks of a slide that has failed are dropped.
+        """
+        start = time.perf_counter()
+        slide = self._open.get(block.slide)
+        if slide is None:
+            return None
+        for name, writer in slide.writers.items():
+            for scale in reversed(self.names):
+                writer.write(scale, block.first[scale], block.vectors[name][scale], block.valid[scale])
+        slide.waiting, slide.damaged = slide.waiting - 1, slide.damaged + block.damaged
+        return self._finish_if_complete(block.slide, start)
+
+    def drop(self, slide: str) -> None:
+        """Stop waiting for a slide that failed; what is written stays for the next try."""
+        self._open.pop(slide, None)
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Names of the slides whose blocks have not all arrived."""
+        return list(self._open)
+
+    def _finish_if_complete(self, name: str, start: float) -> SlideRecord | None:
+        slide, record = self._open[name], None
+        if not slide.waiting:
+            masked = self._masked(slide)
+            self._refuse_damage(slide.plan, masked[0])
+            for writer in slide.writers.values():
+                writer.finish()
+            del self._open[name]
+            record = self._record(slide, masked)
+        self.write_s += time.perf_counter() - start
+        return record
+
+    def _masked(self, slide: _OpenSlide) -> tuple[int, int]:
+        """Return how many tiles of both scales are not valid."""
+        for writer in slide.writers.values():
+            return writer.masked(self.names[0]), writer.masked(self.names[1])
+        with BagFile(self._bag(next(iter(self.encoders)), slide.plan.slide)) as bag:
+            return int((~bag.valid(self.names[0])).sum()), int((~bag.valid(self.names[1])).sum())
+
+    def _refuse_damage(self, plan: SlidePlan, masked: int) -> None:
+        share, limit = masked / max(len(plan.grid), 1), self.config.blocks.slide_damage
+        if share > limit:
+            raise SlideError(
+                "damaged",
+                f"{plan.slide}: at most {limit:.0%} of the tiles may be damaged; {share:.0%} are ({masked} of "
+                f"{len(plan.grid)}). Copy {plan.path} again, or raise --blocks.slide_damage: the tiles are kept.",
+            )
+
+    def _record(self, slide: _OpenSlide, masked: tuple[int, int]) -> SlideRecord:
+        plan = slide.plan
+        return SlideRecord(
+            slide=plan.slide,
+            path=str(plan.path),
+            status=DONE,
+            tiles_20x=len(plan.grid),
+            tiles_5x=len(plan.grid.parent_coords),
+            masked_20x=masked[0],
+            masked_5x=masked[1],
+            damaged_blocks=slide.damaged,
+            tissue_share=plan.tissue.total_share,
+            mpp_x=plan.resolution.mpp_x,
+            mpp_y=plan.resolution.mpp_y,
+            mpp_source=plan.resolution.source,
+            reader=plan.reader,
+            seconds=round(time.perf_counter() - slide.started, 2),
+        )
+
+    def _bag_plan(self, plan: SlidePlan, facts: EncoderFacts) -> BagPlan:
+        grid, (fine, coarse) = plan.grid, self.names
+        attributes = BagAttributes(
+            slide=plan.slide,
+            mpp_x=plan.resolution.mpp_x,
+            mpp_y=plan.resolution.mpp_y,
+            mpp_source=plan.resolution.source,
+            level0_width=plan.size[0],
+            level0_height=plan.size[1],
+            reader=plan.reader,
+            code_version=__version__,
+            synthetic=self.config.synthetic,
+            objective=plan.objective,
+            **facts.attributes,
+        )
+        wide = grid.field[0] * PARENT_FACTOR, grid.field[1] * PARENT_FACTOR
+        scales = (
+            BagScale(fine, grid.mpp, grid.field, grid.coords, grid.parent),
+            BagScale(coarse, grid.mpp * PARENT_FACTOR, wide, grid.parent_coords),
+        )
+        return BagPlan(attributes, scales, facts.dim, self.config.precision)
+
+    def _bag(self, encoder: str, slide: str) -> Path:
+        """Return the path of a bag. Raises BagError if it or its blocks would lie elsewhere."""
+        folder = self.folder / self.config.folder_of(encoder)
+        path = bag_path(folder, slide)
+        blocks = path.with_name(path.name + ".blocks")
+        if blocks.is_symlink() or folder.is_symlink():
+            raise BagError(f"{blocks} must lie in {self.folder}; it is, or lies in, a link. Remove the link.")
+        return path
+
+    def _has_bag(self, encoder: str, slide: str) -> bool:
+        """Say whether a whole bag of these settings is there; a damaged one is made again."""
+        path = self._bag(encoder, slide)
+        if not path.exists():
+            return False
+        try:
+            with BagFile(path) as bag:
+                found, scales = bag.attributes, bag.scales
+        except BagMismatchError:
+            raise
+        except BagError:
+            return False
+        expected = {**self.encoders[encoder].attributes, "synthetic": self.config.synthetic}
+        differing = [f"{k} was {getattr(found, k)!r}, now {v!r}" for k, v in expected.items() if getattr(found, k) != v]
+        if scales != self.names:
+            differing.append(f"scales were {scales}, now {self.names}")
+        if differing:
+            raise BagMismatchError(
+                f"{path} was made with other settings: {'; '.join(differing)}. Use another --out, or remove it."
+            )
+        return True
+
+    def _beside(self, kind: str, slide: str, suffix: str) -> Path:
+        """Return the path of a slide's file of another kind. A link there is replaced, not followed."""
+        (self.folder / kind).mkdir(parents=True, exist_ok=True)
+        return self.folder / kind / (slide + suffix)
+
+
+def failure(old: SlideRecord | None, slide: str, path: Path, status: str, code: str, message: str) -> SlideRecord:
+    """Return the record of a slide that failed; what an earlier run knew of it stays."""
+    base = old or SlideRecord(slide, str(path), status)
+    return replace(base, status=status, code=code, message=message)
