@@ -28,6 +28,8 @@ from engine.training.data import HELDOUT_SEED, box_average, phantom_of
 
 CELLS = 16
 """Held-out regions are 16×16 cells: 4096² px at 20x, one patch at 1.25x."""
+COMPARED = 4
+"""Fewer patches are not compared with each other."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def patch_figures(model: ZoomLDM, encoder, regions: list[HeldOut], count: int, s
         figures[name] = {
             "patches": len(spots),
             "autoencoder_psnr_db": float(np.mean(reconstruction)),
-            **own_against_others(*embeddings),
+            **(own_against_others(*embeddings) if len(spots) >= COMPARED else {}),
         }
         print(name, json.dumps(figures[name]), flush=True)
         rows.append(
