@@ -106,8 +106,8 @@ def _check_given(config: StudyConfig, task: Task) -> None:
         raise StudyError(
             f"A study needs the slides' features and a table of labels; missing: {' and '.join(missing)}.\n"
             "Make the features, then train on them:\n"
-            "    python -m engine.extract_features --slides SLIDES --output features\n"
-            f"    python -m mil.train --task {config.task} --features features --labels table.csv\n"
+            "    python -m engine.extract_features --slides SLIDES --out RUN\n"
+            f"    python -m mil.train --task {config.task} --features RUN/features --labels table.csv\n"
             f"table.csv has one row per slide, with the columns {columns}."
         )
 
