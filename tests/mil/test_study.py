@@ -131,7 +131,7 @@ def test_without_features_it_says_what_to_do(given: list[str], capsys: pytest.Ca
     told = capsys.readouterr().err
     assert "missing: --features" in told
     assert "python -m engine.extract_features" in told
-    assert "python -m mil.train --task hrd --features features --labels table.csv" in told
+    assert "python -m mil.train --task hrd --features RUN/features --labels table.csv" in told
     assert "patient, slide, hrd_score" in told
 
 
