@@ -10,7 +10,6 @@ packages engine and actors come installed. Exit codes: 0 done, 1 failed, 2 wrong
 """
 
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +25,7 @@ try:
     from engine.model.zoomldm import ZoomLDM
     from engine.past import PastRun
     from engine.progress import Progress
+    from engine.ray_address import announce_address
     from engine.redo import RedoConfig, RedoJob, prepare_redo, redo, run_config
     from engine.run import Crew, Job, choose_device, prepare, run, work_alone
 except ModuleNotFoundError as error:
@@ -100,12 +100,7 @@ def work_on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> Ite
 
     The replicas leave with this context, so that nobody waits for exports on a GPU; Ray is left with `connection`.
     """
-    # The package actors looks there when it chooses how to authenticate, which must be before Ray is imported.
-    if config.ray.address == "auto":
-        os.environ.setdefault("RAY_ADDRESS", "auto")
-    elif config.ray.address is not None:
-        os.environ["RAY_ADDRESS"] = config.ray.address
-
+    announce_address(config.ray.address)
     from actors.cluster import connect  # Ray is imported only by runs that use it
     from actors.metrics import RunMetrics
     from actors.pool import DenoiserPool

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 
 import psutil
 import ray
@@ -150,7 +151,7 @@ def _address(config: RayConfig) -> str | None:
 
 def _start(num_cpus: int, store_bytes: int) -> None:
     """Start a private Ray. Raises ClusterError with Ray's own words."""
-    try:
+    with RayRefusals(f"A private Ray with {num_cpus} CPUs did not start", "Use ray.enabled=false to do without Ray."):
         ray.init(
             address="local",
             num_cpus=num_cpus,
@@ -159,22 +160,25 @@ def _start(num_cpus: int, store_bytes: int) -> None:
             logging_level=logging.ERROR,
             log_to_driver=False,
         )
-    except Exception as error:
-        if not _is_rays(error):
-            raise
-        raise ClusterError(
-            f"A private Ray with {num_cpus} CPUs did not start: {error} Use ray.enabled=false to compute without Ray."
-        ) from error
 
 
-def _is_rays(error: Exception) -> bool:
-    """Say whether Ray said that it cannot start or join.
+class RayRefusals:
+    """Turns what Ray raises when it cannot start or join into ClusterError; everything else passes.
 
     A node that does not register within 30 s, and a head without a node, are bare Exceptions (Ray 2.60,
     `_private/node.py` and `_common/utils.py`). Nothing but the type itself tells them: a subclass that is not named
     in RAYS_OWN, such as a KeyError, is a mistake, here or in Ray, and has to be seen as one.
     """
-    return type(error) is Exception or isinstance(error, RAYS_OWN)
+
+    def __init__(self, what: str, todo: str) -> None:
+        self._what, self._todo = what, todo
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is Exception or isinstance(error, RAYS_OWN):
+            raise ClusterError(f"{self._what}: {error} {self._todo}") from error
 
 
 def _join(address: str) -> None:
@@ -192,11 +196,8 @@ def _join(address: str) -> None:
     chosen = os.environ.get(ATTACH_TRIES_VARIABLE)
     os.environ.setdefault(ATTACH_TRIES_VARIABLE, str(ATTACH_TRIES))
     try:
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-    except Exception as error:
-        if not _is_rays(error):
-            raise
-        raise ClusterError(f"The Ray cluster at {address} refused: {error} {todo}") from error
+        with RayRefusals(f"The Ray cluster at {address} refused", todo):
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     finally:
         if chosen is None:
             del os.environ[ATTACH_TRIES_VARIABLE]

@@ -10,7 +10,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but for some slides (they ar
 """
 
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from engine.extraction_config import ExtractConfig
 from engine.extraction_local import extract_alone
 from engine.extraction_report import FAILED
 from engine.progress import Progress
+from engine.ray_address import announce_address
 from engine.slides.resolution import read_overrides
 from engine.slides.table import format_table, inspect_slides, write_csv
 
@@ -72,11 +72,7 @@ def dry_run(config: ExtractConfig) -> int:
 @contextmanager
 def extract_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
     """Compute on the replicas of a Ray cluster, or of a private Ray."""
-    # The package actors looks there when it chooses how to authenticate, which must be before Ray is imported.
-    if config.ray.address is not None:
-        os.environ["RAY_ADDRESS"] = os.environ.get("RAY_ADDRESS", "auto") if config.ray.address == "auto" else (
-            config.ray.address)  # fmt: skip
-
+    announce_address(config.ray.address)
     from actors.cluster import connect  # Ray is imported only by runs that use it
     from actors.extraction import work_on_ray
 

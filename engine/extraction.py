@@ -25,7 +25,7 @@ from engine.extraction_report import DONE, FAILED, SlideRecord, read_records, wr
 from engine.lock import RunLock
 from engine.progress import Progress
 from engine.slides.slide import find_slides, slide_name
-from engine.state import check_keys, disk_error, plain, write_atomically
+from engine.state import check_keys, plain, write_atomically
 
 SETTINGS = "settings.json"
 REPORT_EVERY_S = 10.0
@@ -75,15 +75,8 @@ def extract(config: ExtractConfig, engage: Engage, progress: Progress, only_fail
     """
     paths = slides_of(config)
     folder = Path(config.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, f"{folder} cannot be made", folder.parent) from error
-    lock = RunLock(folder / "run.lock")
-    try:
+    with RunLock(folder, "out"):
         return _Run(config, folder, paths, progress, only_failed).go(engage)
-    finally:
-        lock.release()
 
 
 def slides_of(config: ExtractConfig) -> list[Path]:

@@ -162,12 +162,7 @@ class FolderStorage:
             )
 
     def lock(self) -> None:
-        path = self._folder / "run.lock"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, f"{self._folder} cannot be used as {self._key}") from error
-        self._lock = RunLock(path, self._key)
+        self._lock = RunLock(self._folder, self._key)
 
     def unlock(self) -> None:
         if self._lock is not None:

@@ -18,7 +18,7 @@ import yaml
 
 from engine import __version__
 from engine.lock import RunLock
-from engine.state import check_keys, disk_error, plain, write_atomically
+from engine.state import check_keys, plain, write_atomically
 from mil.cohort import Cohort, match_features, read_labels
 from mil.config import StudyConfig
 from mil.dataset import BagCache
@@ -125,12 +125,7 @@ def run(study: Study, map_folds: MapFolds, say: Say, command: str = "") -> Path:
     """
     folder = study.folder
     _check_folder(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise disk_error(error, f"{folder} cannot be made", folder.parent) from error
-    lock = RunLock(folder / "run.lock")
-    try:
+    with RunLock(folder):
         digest = _take(study)
         _describe(study, command)
         jobs = [job for job in _jobs(study, digest) if not _is_done(job)]
@@ -145,8 +140,6 @@ def run(study: Study, map_folds: MapFolds, say: Say, command: str = "") -> Path:
         results = {"task": asdict(study.task), **about, **results}
         write_atomically(folder / "metrics.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
         write_report(folder, results, study.folds, study.cohort)
-    finally:
-        lock.release()
     return folder
 
 

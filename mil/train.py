@@ -8,13 +8,13 @@ interrupted.
 """
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from engine.arguments import parse_with_flags
 from engine.errors import EngineError
+from engine.ray_address import announce_address
 from mil.classifier import choose_device
 from mil.config import StudyConfig
 from mil.folds import FoldJob, MapFolds, one_by_one
@@ -58,11 +58,7 @@ def on_ray(config: StudyConfig) -> MapFolds:
         if len(jobs) < 2:  # nothing to do side by side
             yield from one_by_one(work, jobs)
             return
-        # The package actors looks there when it chooses how to authenticate, which must be before Ray is imported.
-        if config.ray.address == "auto":
-            os.environ.setdefault("RAY_ADDRESS", "auto")
-        elif config.ray.address is not None:
-            os.environ["RAY_ADDRESS"] = config.ray.address
+        announce_address(config.ray.address)
         from actors.cluster import connect  # Ray is imported only by studies that use it
         from actors.folds import do_jobs
 

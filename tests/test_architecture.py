@@ -19,7 +19,7 @@ CHOOSES_ACTORS = ("engine.extract_features", "mil.train")
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
-    "interruption writers",
+    "interruption writers ray_address",
     "lock latents objects lease storage object_storage bag_plan",
     "bags",
     "bag_writer",

@@ -5,6 +5,7 @@ gets a gradient, a bag of 100 000 instances takes bounded memory, and, where `pe
 of instances does not matter. Models know no files, labels beyond 0 and 1, or optimisers.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -66,7 +67,7 @@ class FeatureScale(nn.Module):
         return (x - self.mean) * self.scale
 
 
-class BagModel(nn.Module):
+class BagModel(nn.Module, ABC):
     """The contract; `forward` is the model's own."""
 
     permutation_invariant: ClassVar[bool] = True
@@ -76,9 +77,9 @@ class BagModel(nn.Module):
         self.config = config
         self.features = FeatureScale(config.width)
 
+    @abstractmethod
     def forward(self, x: Tensor, mask: Tensor) -> BagOutput:
         """Judge bags x (B, N, D) whose instances are where mask (B, N) is True."""
-        raise NotImplementedError
 
     def loss(self, x: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         """Return the mean loss of bags with labels y (B,) 0 or 1, weighted by weight (B,)."""
