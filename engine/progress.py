@@ -124,31 +124,30 @@ class TimedDenoiser:
     def __init__(self, inner: DenoiseTiles) -> None:
         self._inner = inner
         self.waited_s = 0.0
+        self._making = Clock()
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
-        yield from self._timed(self._inner.denoise, batches)
+        return self._timed(self._inner.denoise(self._watched(batches)))
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
-        yield from self._timed(self._inner.decode, batches)
+        return self._timed(self._inner.decode(self._watched(batches)))
 
-    def _timed(self, function: Callable[[Iterable[B]], Iterator[A]], batches: Iterable[B]) -> Iterator[A]:
-        making = Clock()
-
-        def watched() -> Iterator[B]:
-            source = iter(batches)
-            while True:
-                with making.phase("batches"):
-                    found = list(islice(source, 1))
-                if not found:
-                    return
-                yield found[0]
-
-        answers = function(watched())
+    def _watched(self, batches: Iterable[B]) -> Iterator[B]:
+        source = iter(batches)
         while True:
-            made, start = making.seconds.get("batches", 0.0), time.perf_counter()
+            with self._making.phase("batches"):
+                found = list(islice(source, 1))
+            if not found:
+                return
+            yield found[0]
+
+    def _timed(self, answers: Iterator[A]) -> Iterator[A]:
+        made = self._making.seconds
+        while True:
+            before, start = made.get("batches", 0.0), time.perf_counter()
             answer = next(answers, None)
-            # Batches are cut inside next(); that part is the coordinator's own work.
-            self.waited_s += time.perf_counter() - start - (making.seconds.get("batches", 0.0) - made)
+            # Batches are cut inside next(), of whichever run; that part is the coordinator's own work.
+            self.waited_s += time.perf_counter() - start - (made.get("batches", 0.0) - before)
             if answer is None:
                 return
             yield answer

@@ -19,12 +19,13 @@ CHOOSES_ACTORS = ("engine.extract_features", "mil.train")
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
-    "interruption writers ray_address",
+    "interruption writers workers ray_address",
     "lock latents objects lease storage object_storage bag_plan",
     "bags",
     "bag_writer",
     "canvas canvas_view image exports report reference model slides",
     "predict pointwise guidance decode window features",
+    "level_step",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
     "extraction extraction_config extraction_blocks extraction_encoders "
