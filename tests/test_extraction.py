@@ -137,7 +137,11 @@ def test_a_run_leaves_pictures_tissue_and_a_page(done: ExtractConfig) -> None:
     with Image.open(out / "thumbnails" / "a.jpg") as thumbnail:
         assert max(thumbnail.size) <= 1024
     report, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
-    assert {r["slide"]: r["status"] for r in report["slides"]} == {"a": "done", "glass": "done"}
+    assert {r["slide"]: (r["status"], r["code"]) for r in report["slides"]} == {
+        "a": ("done", ""),
+        "glass": ("done", "no_tissue"),  # a note: its bag is empty
+    }
+    assert "--finder.method everything" in page
     assert set(report["stages"]) == {"plan", "read", "encode", "write"}
     assert 0 <= report["model_waited_share"] <= 1
     assert "http" not in page
