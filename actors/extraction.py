@@ -112,8 +112,8 @@ def _work(config: ExtractConfig, names: tuple[str, str], shape: Shape, tasks: Se
         raise  # a bug of ours, with its own stack
     except ExecutionTimeoutError as error:
         raise ClusterError(
-            f"The pipeline must finish a block within ray.batch_timeout_s={config.ray.batch_timeout_s:g}; none came. What "
-            "was written is kept: run the same command again, with a larger --ray.batch_timeout_s or a smaller "
+            f"The pipeline must finish a block within ray.batch_timeout_s={config.ray.batch_timeout_s:g}; none came. "
+            "What was written is kept: run the same command again, with a larger --ray.batch_timeout_s or a smaller "
             "--blocks.parents if the machine is only slow."
         ) from error
     except RayError as error:
