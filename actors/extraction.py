@@ -110,7 +110,13 @@ def _work(config: ExtractConfig, names: tuple[str, str], shape: Shape, tasks: Se
             yield from _unpacked(rows)
     except UserCodeException:
         raise  # a bug of ours, with its own stack
-    except (RayError, ExecutionTimeoutError) as error:
+    except ExecutionTimeoutError as error:
+        raise ClusterError(
+            f"The pipeline must finish a block within ray.batch_timeout_s={config.ray.batch_timeout_s:g}; none came. "
+            "What was written is kept: run the same command again, with a larger --ray.batch_timeout_s or a smaller "
+            "--blocks.parents if the machine is only slow."
+        ) from error
+    except RayError as error:
         raise ClusterError(
             f"The cluster must keep the pipeline going; {str(error).strip().splitlines()[-1]}. What was written is "
             "kept: run the same command again, on nodes with more memory if workers were killed for it."

@@ -211,6 +211,8 @@ class _Run:
             return
         if record is not None:
             self.records[str(path)] = record
+            if record.code:
+                self.progress.say(f"{record.code}: {record.message}")
         self.stages.seconds["write"] = self.outputs.write_s
 
     def _failed(self, name: str, path: Path, code: str, text: str) -> None:

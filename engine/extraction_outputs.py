@@ -18,6 +18,7 @@ from engine.extraction_config import ExtractConfig
 from engine.extraction_encoders import EncoderFacts
 from engine.extraction_report import DONE, SlideRecord
 from engine.slides.grid import PARENT_FACTOR
+from engine.slides.table import note_on
 from engine.slides.tissue_geojson import write_tissue
 from engine.state import write_atomically
 
@@ -124,10 +125,13 @@ class SlideOutputs:
 
     def _record(self, slide: _OpenSlide, masked: tuple[int, int]) -> SlideRecord:
         plan = slide.plan
+        code, message = note_on(plan.slide, len(plan.grid), plan.resolution)
         return SlideRecord(
             slide=plan.slide,
             path=str(plan.path),
             status=DONE,
+            code=code,
+            message=message,
             tiles_20x=len(plan.grid),
             tiles_5x=len(plan.grid.parent_coords),
             masked_20x=masked[0],

@@ -36,7 +36,7 @@ class SlideRecord:
     status: str
     """done or failed."""
     code: str = ""
-    """Reason of a failure in one word."""
+    """Reason of a failure in one word; of a slide that is done, a note such as no_tissue."""
     message: str = ""
     tiles_20x: int | None = None
     """Of the fine scale."""
@@ -93,6 +93,8 @@ def write_page(folder: Path, records: Sequence[SlideRecord], facts: Mapping[str,
     if failed:
         rows = [(r.slide, r.code, r.message) for r in failed]
         parts += ["<h2>Failures</h2>", _table(("slide", "reason", "what to do"), rows)]
+    if noted := [(r.slide, r.code, r.message) for r in records if r.status == DONE and r.code]:
+        parts += ["<h2>Notes</h2>", _table(("slide", "note", "what to know"), noted)]
     parts += ["<h2>Slides</h2>", _slides(folder, records), "</html>\n"]
     write_atomically(folder / PAGE, "\n".join(parts).encode())
 
@@ -109,7 +111,7 @@ def _slides(folder: Path, records: Sequence[SlideRecord]) -> str:
         mpp = "" if r.mpp_x is None else f"{r.mpp_x:.4g} × {r.mpp_y:.4g}"
         share = "" if r.tissue_share is None else f"{r.tissue_share:.1%}"
         cells = [f"<td>{html.escape(r.slide)}</td>", f"<td>{_preview(folder / 'thumbnails' / f'{r.slide}.jpg')}</td>"]
-        status = r.status if r.status == DONE else f"{r.status}: {r.code}"
+        status = f"{r.status}: {r.code}" if r.code else r.status
         values = (status, r.tiles_20x, r.tiles_5x, f"{r.masked_20x} + {r.masked_5x}", share, mpp, r.mpp_source)
         cells += [f"<td>{html.escape(_shown(v))}</td>" for v in (*values, r.reader, r.seconds)]
         lines.append(f"<tr class={r.status}>{''.join(cells)}</tr>")

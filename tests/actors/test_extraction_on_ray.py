@@ -42,7 +42,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
     (folder / "slides" / "none.svs").write_text("not a slide")
     config = ExtractConfig(str(folder / "slides"), str(folder / "local"), finder=TissueConfig("everything"))
     model = replace(config.model, source=str(folder / "tiny"), device="cpu")
-    small = FeatureConfig(batch=2)
+    small = FeatureConfig(blocks=("up.1",), timestep=100, batch=2)
     config = replace(
         config, model=model, features=small, blocks=BlockConfig(parents=1), ray=RayConfig(batch_timeout_s=300)
     )
