@@ -100,6 +100,21 @@ def test_a_study_repeats_itself(known: KnownCohort, study: Path, tmp_path: Path)
         assert (tmp_path / "again" / name).read_bytes() == (study / name).read_bytes(), name
 
 
+def test_slides_show_the_attended_tiles(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given to a study that is finished, they change nothing but the report."""
+    run_of = tmp_path / "run"
+    shutil.copytree(study, run_of)
+    argv = [f"--config={study / 'config.yaml'}", f"--output.folder={run_of}", f"--slides={tmp_path / 'slides'}"]
+    assert train_command.main(argv) == 1
+    assert "slides must be a folder" in capsys.readouterr().err
+    (tmp_path / "slides").mkdir()
+    for number in range(32):
+        Image.new("RGB", (64, 48), (230, 180, 210)).save(tmp_path / "slides" / f"P{number:03d}-S0.png")
+    assert train_command.main(argv) == 0
+    assert "data:image/jpeg" in (run_of / "report.html").read_text()
+    assert (run_of / "metrics.json").read_bytes() == (study / "metrics.json").read_bytes()
+
+
 def test_a_study_is_continued_fold_by_fold(known: KnownCohort, study: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(study, copy)
