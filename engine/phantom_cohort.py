@@ -26,7 +26,7 @@ from engine.slides.phantom_slide import write_phantom_slide
 from engine.state import disk_error, replacing, write_atomically
 
 PROG = "python -m engine.phantom_cohort"
-LOW, HIGH = (0.0, 0.25), (0.65, 1.0)
+LOW, HIGH = (0.0, 0.15), (0.85, 1.0)
 """Ranges of a knob. A score of 42 (configs/tasks/hrd.yaml) lies between them."""
 SECOND_SLIDE = 5
 """Every fifth patient has two slides."""
