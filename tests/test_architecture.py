@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export", "engine.export_features"),
-    *("engine.extract_features", "engine.phantom_slides"),
+    *("engine.extract_features", "engine.phantom_slides", "engine.phantom_cohort"),
 )
 MIL_COMMANDS = ("mil.train", "mil.predict", "mil.compare", "mil.heatmap")
 CHOOSES_ACTORS = ("engine.extract_features", "mil.train")
@@ -30,11 +30,11 @@ FLOORS = (
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
     "extraction extraction_config extraction_blocks extraction_encoders "
     "extraction_outputs extraction_report extraction_local",
-    "parity train sample export export_features extract_features phantom_slides",
+    "parity train sample export export_features extract_features phantom_slides phantom_cohort",
 )
 MIL_FLOORS = (
     "errors metrics calibration page",
-    "tasks featurefiles models overlay plots",
+    "tasks featurefiles models overlay plots attended slide_fields",
     "cohort dataset",
     "splits training",
     "config classifier baseline",
