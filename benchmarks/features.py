@@ -33,15 +33,16 @@ import tifffile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this is not the project's folder
 
-from engine.extraction import Crew, Engage, extract
+from engine.extraction import Engage, extract
 from engine.extraction_blocks import BlockEncoder, BlockPixels, Message, SlideTask, SlideWorker, TileBlock
 from engine.extraction_config import ExtractConfig
 from engine.extraction_encoders import load_encoders, scale_names
-from engine.extraction_local import extract_alone
-from engine.extraction_report import DONE
+from engine.extraction_local import ExtractStages, extract_alone
 from engine.features import encode_all
 from engine.progress import Progress
 from engine.run import pin_arithmetic
+from engine.slide_crew import Crew
+from engine.slide_report import DONE
 from engine.slides.phantom import Phantom
 from engine.slides.phantom_slide import write_phantom_slide
 from engine.slides.slide import find_slides, slide_name
@@ -53,10 +54,10 @@ TILE, FACTOR, PIECE = 256, 4, 2048
 def extract_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
     """Compute on a private Ray, as the command does."""
     from actors.cluster import connect
-    from actors.extraction import work_on_ray
+    from actors.slide_pipeline import work_on_ray
 
     with connect(config.ray):
-        yield work_on_ray(config, names)
+        yield work_on_ray(ExtractStages(config, names))
 
 
 CREWS = {"alone": extract_alone, "ray": extract_on_ray}

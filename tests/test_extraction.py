@@ -22,15 +22,16 @@ from engine.arguments import parse
 from engine.bags import BagFile
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
 from engine.extract_features import main
-from engine.extraction import Crew, extract
+from engine.extraction import extract
 from engine.extraction_blocks import Message, SlideTask
 from engine.extraction_config import BlockConfig, ExtractConfig
 from engine.extraction_encoders import describe, load_encoders
 from engine.extraction_local import extract_alone
-from engine.extraction_report import FAILED
 from engine.features import FeatureConfig, TilePixels, encode_all
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.progress import Progress
+from engine.slide_crew import Crew
+from engine.slide_report import FAILED
 from engine.slides.grid import plan_grid, read_parent
 from engine.slides.slide import open_slide
 from engine.slides.tissue import TissueConfig, find_tissue
