@@ -24,7 +24,7 @@ FLOORS = (
     "bags",
     "bag_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode window features",
+    "predict pointwise guidance decode window features summaries",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
     "extraction extraction_config extraction_blocks extraction_encoders "

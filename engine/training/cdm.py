@@ -8,6 +8,7 @@ Source: ZoomLDM (CVPR 2025), CDM: squared error of x0, cosine schedule, times dr
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from engine.summaries import alpha_bars
 from engine.training.cdm_settings import CDMOptimiserSettings, CDMTrainingConfig
 from engine.training.checkpointing import save_json, write_atomically
 from engine.training.loop import Optimisation, TrainingError, step_rng
-from engine.training.summaries import GridFiles, Summaries, store_summaries
+from engine.training.summaries import GridFiles, Summaries, Windows, store_summaries
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +42,21 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     """
     torch.set_num_threads(config.threads)
     run = Path(config.run)
-    settle(run, config)
     model = ZoomLDM.from_pretrained(config.source, config.variant, config.device)
     if not isinstance(model.conditioner, Summarizer):
         raise EngineError(
             f"A CDM learns the summaries of a Summarizer; {config.source} has a {model.config.conditioner.kind} "
             "conditioner. Take a model with several magnifications."
         )
-    train, heldout = stored(model, config)
+    sizes = cdm_config(model, config)
+    sources, counts = find_windows(model, config)
+    settle(run, config, {"conditioner": sizes.conditioner, "windows": [source.digest for source in sources]})
+    train, heldout = (
+        store_summaries(model, source, wanted, config.seed, run / "summaries" / name)
+        for source, wanted, name in zip(sources, counts, ("train", "heldout"), strict=True)
+    )
     torch.manual_seed(config.seed)
-    cdm = CDM(cdm_config(model, config)).to(config.device).train()
+    cdm = CDM(sizes).to(config.device).train()
     optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s)
 
     def loss_of(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
@@ -69,16 +75,16 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     optimisation.run(loss_of, report)
 
 
-def settle(run: Path, config: CDMTrainingConfig) -> None:
-    """Note the settings of a run, or refuse a folder that holds a run of others."""
-    path, now = run / "config.json", json.loads(json.dumps(asdict(config)))
+def settle(run: Path, config: CDMTrainingConfig, sources: dict[str, object]) -> None:
+    """Note what decides a run's weights, its settings and what it learns from, or refuse a folder of another run."""
+    path, now = run / "config.json", json.loads(json.dumps(asdict(config) | sources))
     if path.exists():
         before = json.loads(path.read_text())
         keys = [k for k in now | before if k not in _FREE_KEYS and now.get(k) != before.get(k)]
         if keys:
             raise TrainingError(
-                f"{run} holds a run with other settings for {', '.join(keys)}. Continue it with its own "
-                f"({path}), or give --run another folder."
+                f"{run} holds a run with another {', another '.join(keys)}. Continue it with its own ({path}), or "
+                "give --run another folder."
             )
     save_json(path, now)
 
@@ -94,19 +100,29 @@ def cdm_config(model: ZoomLDM, config: CDMTrainingConfig) -> CDMConfig:
     )
 
 
-def stored(model: ZoomLDM, config: CDMTrainingConfig) -> tuple[Summaries, Summaries]:
-    """Return the training and the held-out summaries, made where they are missing."""
+def find_windows(model: ZoomLDM, config: CDMTrainingConfig) -> tuple[list[Windows], list[tuple[float, ...]]]:
+    """Return the windows to learn from and those to measure on, and how many of each magnification are wanted.
+
+    Raises: EngineError for a magnification without windows, and for lists of another length than the magnifications.
+    """
     levels, settings = len(model.config.magnifications), config.summaries
-    counts = per_magnification("summaries.per_magnification", settings.per_magnification, levels)
     per_magnification("train.magnification_weights", config.train.magnification_weights, levels)
-    splits = []
-    for name, pattern, wanted in (
-        ("train", settings.train, counts),
-        ("heldout", settings.heldout, (settings.heldout_per_magnification,) * levels),
-    ):
+    counts = [
+        per_magnification("summaries.per_magnification", settings.per_magnification, levels),
+        (settings.heldout_per_magnification,) * levels,
+    ]
+    found: list[Windows] = []
+    for pattern in (settings.train, settings.heldout):
         windows = GridFiles(pattern, model.config.ssl_dim, model.config.scale)
-        splits.append(store_summaries(model, windows, wanted, config.seed, Path(config.run) / "summaries" / name))
-    return splits[0], splits[1]
+        for level, name in enumerate(model.config.magnifications):
+            if not windows.count(level):
+                k = model.config.scale.factor(name)
+                raise EngineError(
+                    f"at {name} a window covers {k} x {k} cells; no grid of {pattern} is as large. Encode larger regions, "
+                    "or train on a model without that magnification."
+                )
+        found.append(windows)
+    return found, counts
 
 
 def per_magnification(key: str, values: tuple[float, ...], levels: int) -> tuple[float, ...]:
