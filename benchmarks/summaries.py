@@ -26,7 +26,7 @@ from engine.patches import PatchSampler
 from engine.run import pin_arithmetic
 from engine.summaries import sample_summaries
 
-COMPONENTS, BATCH, SHOWN = 32, 32, 4
+COMPONENTS, AXES_FROM, BATCH, SHOWN = 32, 1500, 32, 4
 Rows = NDArray[np.float32]
 """Summaries (N, T·C), one per row."""
 
@@ -71,7 +71,7 @@ def gaussian(train: Rows, count: int, rng: np.random.Generator) -> Rows:
 
 def figures(train: Rows, heldout: Rows, drawn: Rows, rng: np.random.Generator) -> dict[str, object]:
     """Compare drawn rows and both bounds with the held-out rows."""
-    mean, axes, share = components(train)
+    mean, axes, share = components(train[:AXES_FROM])
     unit = nearest(heldout, train)
     own = rng.permutation(len(train))
     picked, rest = train[own[: len(drawn)]], train[own[len(drawn) :]]

@@ -8,7 +8,6 @@ Source: ZoomLDM (CVPR 2025), CDM: squared error of x0, cosine schedule, times dr
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -63,16 +62,22 @@ def train_cdm(config: CDMTrainingConfig) -> None:
         del share
         return x0_loss(cdm, *draw_batch(train, config.train, config.seed, step, config.device), config.bfloat16)
 
-    def report(state: Optimisation) -> None:
-        state.average.exchange(cdm)
+    def measured(state: Optimisation) -> dict[str, list[float]]:
         errors = heldout_errors(cdm, heldout, config.device)
         log.info("step %d: held-out x0 error %s", state.step, errors)
-        if state.step == config.train.steps:
-            write(cdm, config, {"steps": state.step, "skipped_steps": state.skipped, "torch": torch.__version__,
-                                "minutes": round(state.seconds / 60, 1), "heldout_x0_mse": errors})  # fmt: skip
+        return errors
+
+    def report(state: Optimisation) -> None:
+        state.average.exchange(cdm)
+        measured(state)
         state.average.exchange(cdm)
 
     optimisation.run(loss_of, report)
+    # Not in `report`: a run that was killed between its last checkpoint and here must write, too.
+    optimisation.average.exchange(cdm)
+    minutes = round(optimisation.seconds / 60, 1)
+    write(cdm, config, {"steps": optimisation.step, "skipped_steps": optimisation.skipped, "minutes": minutes,
+                        "heldout_x0_mse": measured(optimisation), "torch": torch.__version__})  # fmt: skip
 
 
 def settle(run: Path, config: CDMTrainingConfig, sources: dict[str, object]) -> None:
@@ -118,8 +123,8 @@ def find_windows(model: ZoomLDM, config: CDMTrainingConfig) -> tuple[list[Window
             if not windows.count(level):
                 k = model.config.scale.factor(name)
                 raise EngineError(
-                    f"at {name} a window covers {k} x {k} cells; no grid of {pattern} is as large. Encode larger regions, "
-                    "or train on a model without that magnification."
+                    f"at {name} a window covers {k} x {k} cells; no grid of {pattern} is as large. Encode larger "
+                    "regions, or train on a model without that magnification."
                 )
         found.append(windows)
     return found, counts

@@ -150,6 +150,9 @@ def test_a_killed_run_ends_with_the_same_bytes(root: Path, monkeypatch: pytest.M
     assert cdm.config.conditioner is not None
     assert torch.equal(read_published(root / "cdm.pt", 2).x_embedder.weight, cdm.x_embedder.weight)
     assert (root / "model/cdm/training.json").exists()
+    shutil.rmtree(root / "model/cdm")
+    train_cdm(cut)
+    assert files[0].read_bytes() == files[1].read_bytes(), "killed after the last checkpoint, it still writes"
 
 
 def test_a_run_of_other_settings_is_refused(root: Path) -> None:
