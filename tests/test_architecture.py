@@ -24,7 +24,7 @@ FLOORS = (
     "bags prepared_facts",
     "bag_writer prepared prepared_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode window features",
+    "predict pointwise guidance decode window features summaries",
     "level_step",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
