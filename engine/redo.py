@@ -169,7 +169,7 @@ def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
 def _check_run(r: RedoJob, model: ZoomLDM) -> None:
     """Hold config and weights to the run's: what is sampled beside its latents must be of the same kind."""
     root = r.past.root
-    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in r.job.plan.levels}
+    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in r.job.plan.sampled}
     keys = picture_keys(r.job.config, model, Conditions(r.past.grid, str(root.keys.get("conditions"))))
     check_keys(root.folder, root.keys, plain(keys | levels))
 
@@ -191,7 +191,6 @@ def _sampling(r: RedoJob, model: ZoomLDM, canvas: Canvas, denoiser: DenoiseTiles
         return r.past.latents(job.plan, finest, Box(box.y0 + y0, box.x0, box.y0 + y1, box.x1))
 
     guided = any(p.guided for p in r.plan.passes)
-    guide = guide_under(r, denoiser) if guided else None
     return Sampling(
         plan=r.plan,
         canvas=canvas,
@@ -202,7 +201,8 @@ def _sampling(r: RedoJob, model: ZoomLDM, canvas: Canvas, denoiser: DenoiseTiles
         decode_sigma=job.config.decode.sigma,
         noise=redo_noise(r.asked.seed, r.past.digest),
         watch=progress,
-        around=Surroundings(r.window, BandReader(old, r.plan.finest.height, BAND), guide),
+        guide=guide_under(r, denoiser) if guided else None,
+        around=Surroundings(r.window, BandReader(old, r.plan.finest.height, BAND)),
     )
 
 

@@ -83,14 +83,15 @@ def gather_tiles(read: ReadRows, tiling: Tiling, tiles: tuple[int, ...]) -> np.n
 
 
 def in_bands(
-    chunks: Iterable[np.ndarray], height: int, band: int, halo: int
+    chunks: Iterable[np.ndarray], height: int, band: int, halo: int, start: int = 0
 ) -> Iterator[tuple[int, int, int, np.ndarray]]:
     """Regroup row chunks (C, n, w) into bands with up to `halo` rows around them.
 
-    Yields (top, y0, y1, rows): rows start at top = max(y0 − halo, 0) and reach min(y1 + halo, height).
+    Yields (top, y0, y1, rows): rows start at top = max(y0 − halo, 0) and reach min(y1 + halo, height). With `start`, a
+    multiple of the band, the chunks begin at the top of the band that begins there.
     """
     held = np.zeros((0, 0, 0), np.float32)
-    top = y0 = 0
+    top, y0 = max(start - halo, 0), start
     for chunk in chunks:
         held = np.concatenate([held, chunk], axis=1) if held.size else chunk
         while y0 < height:

@@ -32,7 +32,7 @@ def test_the_published_implementations_are_met(name: str, capsys: pytest.Capture
         key
         for file in (SHARED / name).glob("expected*.safetensors")
         for key in load_file(file)
-        if not is_input(key) and not key.startswith("inversion.")
+        if not is_input(key)
     }
     assert set(found) == wanted
 

@@ -153,11 +153,8 @@ def sampled(
             decode_sigma=0.5,
             noise=keyed_noise(0),
             watch=SilentWatch(),
-            around=Surroundings(
-                window,
-                lambda y0, y1: np.full((3, y1 - y0, w), 2.0, np.float32),
-                GuidePicture(picture, 16, (window.box.y0 % 4, window.box.x0 % 4)) if guide else None,
-            ),
+            guide=GuidePicture(picture, 16, (window.box.y0 % 4, window.box.x0 % 4)) if guide else None,
+            around=Surroundings(window, lambda y0, y1: np.full((3, y1 - y0, w), 2.0, np.float32)),
         )
         sample_large(s)
         return canvas.read("20x", 0, h), window
