@@ -21,12 +21,21 @@ def _stream_key(seed: int, stream: str) -> int:
     return int.from_bytes(digest, "little")
 
 
+def _generator(seed: int, stream: str, *words: int) -> np.random.Generator:
+    # The key names the stream; the upper counter words name the block, so blocks never share numbers.
+    counter = np.array([0, *words], dtype=np.uint64)
+    key = np.array([_stream_key(seed, stream), 0], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def noise_array(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return standard normal float32 of any shape, drawn at once: what is no part of a canvas."""
+    return _generator(seed, stream, 0, 0, 0).standard_normal(shape, dtype=np.float32)
+
+
 def noise_block(seed: int, stream: str, step: int, block_y: int, block_x: int) -> np.ndarray:
     """Return standard normal float32 (3, 64, 64) for one block."""
-    # The key names the stream; the upper counter words name the block, so blocks never share numbers.
-    counter = np.array([0, step, block_y, block_x], dtype=np.uint64)
-    key = np.array([_stream_key(seed, stream), 0], dtype=np.uint64)
-    generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+    generator = _generator(seed, stream, step, block_y, block_x)
     return generator.standard_normal((LATENT_CHANNELS, BLOCK, BLOCK), dtype=np.float32)
 
 

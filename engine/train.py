@@ -1,4 +1,4 @@
-"""Train a small ZoomLDM on phantoms: python -m engine.train --config configs/train_demo.yaml
+"""Train a ZoomLDM, or the CDM of one: python -m engine.train --config configs/train_demo.yaml
 
 The same command continues a run that was killed. It only parses, calls and reports.
 """
@@ -7,16 +7,17 @@ import logging
 import sys
 from pathlib import Path
 
-from engine.arguments import parse
+from engine.arguments import parse, peek
 from engine.errors import EngineError
-from engine.training.run import train
-from engine.training.settings import TrainingConfig
+from engine.training.tasks import TASKS
 
 log = logging.getLogger("engine.train")
 
 
 def main() -> int:
-    config = parse(sys.argv[1:], TrainingConfig, "python -m engine.train", (__doc__ or "").partition("\n")[0])
+    argv, prog = sys.argv[1:], "python -m engine.train"
+    task = TASKS[peek(argv, "task", list(TASKS), prog)]
+    config = parse(argv, task.schema, prog, (__doc__ or "").partition("\n")[0])
     run = Path(config.run)
     run.mkdir(parents=True, exist_ok=True)
     form = logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S")
@@ -25,7 +26,7 @@ def main() -> int:
         logging.getLogger("engine").addHandler(handler)
     logging.getLogger("engine").setLevel(logging.INFO)
     try:
-        train(config)
+        task.train(config)
     except EngineError as error:
         log.error("%s", error)
         return 1

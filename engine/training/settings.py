@@ -166,6 +166,8 @@ class PlaceSettings:
 class TrainingConfig:
     """Everything the trainer reads; the resolved form is written into the run folder and training.json."""
 
+    task: Literal["zoomldm"] = "zoomldm"
+    """What is trained."""
     run: str = "runs/train"
     """Folder of this run: rendered regions, checkpoints, log, pictures. The same folder continues."""
     out: str = "runs/train/model"
