@@ -6,7 +6,8 @@ know canvases.
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,21 +16,28 @@ import torch
 from safetensors.torch import load_file
 
 from engine.config import RunConfig
+from engine.decode import to_uint8
 from engine.errors import CanvasError, EngineError
 from engine.guidance import GuidePicture
 from engine.inversion import Windows, encode_windows, invert
 from engine.magnification import LATENT_FACTOR, TILE_PX
+from engine.model.cdm_store import load_cdm
 from engine.model.encoders import load_encoder
 from engine.model.hub import DEMO
+from engine.model.store import hash_tensors
 from engine.model.zoomldm import ZoomLDM
+from engine.patches import PatchSampler
 from engine.progress import Progress
 from engine.reference import cover_canvas, embedding_grid, fit_grid, read_embeddings, read_reference
 from engine.state import replacing
 from engine.storage import open_storage
+from engine.summaries import sample_summaries
 from engine.tiles import Plan
 
 STORED = "conditions.npy"
 DEMO_GRID = DEMO / "reference.safetensors"
+DREAM_STEPS = 50
+"""Steps of the picture that a CDM's summary is turned into."""
 
 Make = Callable[[], np.ndarray]
 
@@ -45,12 +53,14 @@ class Conditions:
 
 
 def find_conditions(config: RunConfig, model: ZoomLDM, plan: Plan, device: str, progress: Progress) -> Conditions:
-    """Read or compute what a run is conditioned on. `device` is where networks are asked here; the model lies on the CPU.
+    """Read or compute what a run is conditioned on; `device` is where this process asks networks.
 
     Raises: EngineError when there is no condition, or it is unreadable or does not fit; CheckpointError when the
     encoder cannot be had.
     """
     try:
+        if config.condition == "cdm":
+            return _from_cdm(config, model, plan, device, progress)
         if config.guide is None:
             return _find_grid(config, model, plan, device, progress)
         picture = read_given_guide(config.guide, plan)
@@ -129,23 +139,57 @@ def _from_guide(
     """Recover the grid under a guide, or take what an earlier start of the same run kept."""
 
     def recover() -> np.ndarray:
-        windows = Windows.over(picture.shape[:2], plan.levels[0], config.inversion)
-        progress.say(
-            f"recovering {plan.grid_shape[0]} x {plan.grid_shape[1]} SSL vectors from {config.guide}: "
-            f"{len(windows.tiling)} window(s), {config.inversion.steps} steps"
-        )
-        try:
-            latents = encode_windows(model.to(device), _as_image(picture, windows.size_px), windows)
-            grid = invert(
-                model, latents, windows, config.inversion, config.sampling.seed,
-                lambda done, total: progress.step("inversion", done, total),
-            )  # fmt: skip
-        finally:
-            progress.close()
-            model.to("cpu")
-        return np.ascontiguousarray(grid[:, : plan.grid_shape[0], : plan.grid_shape[1]])
+        with _asked(model, device):
+            return _recovered(config, picture, model, plan, progress)
 
     return _kept_or(config, _sha256(picture, f"inversion/{plan.grid_shape}".encode()), recover)
+
+
+def _from_cdm(config: RunConfig, model: ZoomLDM, plan: Plan, device: str, progress: Progress) -> Conditions:
+    """Draw a summary and a picture of it at the coarsest magnification, and recover the grid under that.
+
+    One picture is one tile, so of a canvas that its coarsest tile does not see whole, the rest is mirrored.
+    """
+    section, seed, level = config.model, config.sampling.seed, plan.levels[0]
+    cdm = load_cdm(section.source, section.variant, section.cdm_source, device)
+
+    def dream() -> np.ndarray:
+        progress.say(f"drawing a summary and its picture at {level.name}: the CDM takes {config.cdm_steps} steps")
+        with _asked(model, device):
+            summary = sample_summaries(cdm, level.index, 1, config.cdm_steps, seed)
+            drawn = PatchSampler("ddim", DREAM_STEPS, 1 + config.sampling.weight, seed).draw_from(model, summary)[0]
+            grid = _recovered(config, to_uint8(drawn).transpose(1, 2, 0), model, plan, progress)
+        return cover_canvas(grid, *plan.grid_shape, model.config.ssl_dim, "the CDM's picture")
+
+    weights = hashlib.sha256()
+    hash_tensors(weights, "cdm", cdm.state_dict())
+    return _kept_or(config, _sha256(weights.digest(), f"cdm/{level.name}/{plan.grid_shape}".encode()), dream)
+
+
+def _recovered(config: RunConfig, picture: np.ndarray, model: ZoomLDM, plan: Plan, progress: Progress) -> np.ndarray:
+    """Return the SSL grid under a picture of the coarsest level, uint8 (h, w, 3): at most that under the canvas."""
+    windows = Windows.over(picture.shape[:2], plan.levels[0], config.inversion)
+    progress.say(f"condition inversion: {len(windows.tiling)} window(s), {config.inversion.steps} steps")
+    latents = encode_windows(model, _as_image(picture, windows.size_px), windows)
+    try:
+        grid = invert(
+            model, latents, windows, config.inversion, config.sampling.seed,
+            lambda done, total: progress.step("inversion", done, total),
+        )  # fmt: skip
+    finally:
+        progress.close()
+    return np.ascontiguousarray(grid[:, : plan.grid_shape[0], : plan.grid_shape[1]])
+
+
+@contextmanager
+def _asked(model: ZoomLDM, device: str) -> Iterator[None]:
+    """Put the model where it is asked, and back."""
+    before = model.device
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(before)
 
 
 def _as_image(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

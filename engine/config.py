@@ -263,6 +263,8 @@ class RunConfig:
     condition: Condition = "reference"
     """Where the SSL grid comes from: reference, embeddings or the demo's own; inversion of the guide; or a picture that
     the model's CDM dreams up, which needs nothing."""
+    cdm_steps: int = 200
+    """condition=cdm: steps of its sampling, 2..1000."""
     guide: str | None = None
     """Picture at canvas.levels[0] that steers as it is, instead of being sampled (engine.superres sets it)."""
 
@@ -273,6 +275,9 @@ class RunConfig:
             raise ValueError(f"condition={self.condition} takes no reference or embeddings; got one. Drop one of both.")
         if self.condition == "inversion" and not self.guide:
             raise ValueError("condition=inversion needs a guide to invert; got none. Use python -m engine.superres.")
+        if self.condition == "cdm" and self.guide:
+            raise ValueError("condition=cdm makes a guide of its own; got a guide too. Drop one of them.")
+        _require(2 <= self.cdm_steps <= 1000, "cdm_steps must lie in 2..1000", self.cdm_steps)
         if self.guide and not (self.canvas.levels and len(self.canvas.levels) > 1):
             raise ValueError(
                 f"a guide needs canvas.levels, its own magnification first; got {self.canvas.levels}. Use "
@@ -281,7 +286,9 @@ class RunConfig:
 
     def picture_keys(self) -> dict[str, object]:
         """Return the keys that decide the picture's bytes, dotted; the rest may change on resume."""
-        unused = ("ray", "output") if self.condition != "reference" else ("ray", "output", "inversion")
+        unused = {"ray", "output", "guide"}  # what a guide shows counts, with the conditions
+        unused |= {"inversion", "condition"} if self.condition == "reference" else set()
+        unused |= {"cdm_steps"} if self.condition != "cdm" else set()
         kept = {k: v for k, v in asdict(self).items() if k not in unused}
         flat: dict[str, object] = {}
         for section, values in kept.items():

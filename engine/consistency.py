@@ -1,4 +1,4 @@
-"""A decoded picture moved onto those that reduce to its guide exactly: fine detail stays, coarse colours are the guide's.
+"""A decoded picture moved onto those that reduce to its guide exactly: fine detail stays, colours are the guide's.
 
 Invariant: where the picture already agrees nothing changes, and no row depends on how the stream was cut. It does not
 know latents or files. Source: iterative back-projection (Irani & Peleg 1991), solved on the guide's grid.
@@ -37,12 +37,15 @@ def consistent_rows(
     """
     for top, y0, y1, band in in_bands(rows, height, BAND_PX, rows_above(factor), start):
         wished = torch.from_numpy(guide[None, :, top // factor : -(-(top + band.shape[1]) // factor)])
-        moved = _moved(torch.from_numpy(np.ascontiguousarray(band))[None], wished, factor)
+        moved = moved_onto(torch.from_numpy(np.ascontiguousarray(band))[None], wished, factor)
         yield moved[0, :, y0 - top : y1 - top].numpy()
 
 
-def _moved(picture: Tensor, wished: Tensor, factor: int) -> Tensor:
-    """Return the picture (1, 3, h, w), clamped, with a smooth field added whose box average is what is missing."""
+def moved_onto(picture: Tensor, wished: Tensor, factor: int) -> Tensor:
+    """Return the picture (1, 3, h, w) in [−1, 1] with a smooth field added whose box average is what is missing.
+
+    `wished` (1, 3, ceil(h/factor), ceil(w/factor)) is what its box average shall be.
+    """
     height, width = picture.shape[-2:]
     cells_h, cells_w = -(-height // factor), -(-width // factor)
     whole = F.pad(picture, (0, cells_w * factor - width, 0, cells_h * factor - height), mode="replicate").clamp(-1, 1)
@@ -55,7 +58,7 @@ def _moved(picture: Tensor, wished: Tensor, factor: int) -> Tensor:
 
 
 def _averaged(field: Tensor) -> Tensor:
-    """Return the box average of the field enlarged bilinearly by an even factor, whichever: [1, 6, 1]/8 on each axis."""
+    """Return the box average of the field enlarged bilinearly by any even factor: [1, 6, 1]/8 on each axis."""
     wide = F.pad(field, (1, 1, 1, 1), mode="replicate")
     tall = (wide[..., :-2, :] + 6 * wide[..., 1:-1, :] + wide[..., 2:, :]) / 8
     return (tall[..., :-2] + 6 * tall[..., 1:-1] + tall[..., 2:]) / 8

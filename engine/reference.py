@@ -59,9 +59,7 @@ def read_reference(path: str | Path, what: str = "reference", smallest: int = TI
     except _Refused as refusal:
         raise ValueError(f"the {what} {path} {refusal}") from None
     except UNREADABLE as error:
-        raise ValueError(
-            f"the {what} {path} must be readable; it is damaged or not {suffix[1:]} ({error})."
-        ) from error
+        raise ValueError(f"the {what} {path} must be readable; it is damaged or not {suffix[1:]} ({error}).") from error
     return np.ascontiguousarray(pixels)
 
 

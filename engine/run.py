@@ -20,9 +20,10 @@ from engine.canvas import Canvas
 from engine.conditions import STORED, Conditions, find_conditions, keep_conditions
 from engine.config import ModelConfigSection, RunConfig
 from engine.devices import choose_device, encoder_device, pin_arithmetic
+from engine.enlarged import enlarged_latents
 from engine.errors import CanvasError, CanvasMismatchError
 from engine.exports.png import check_png
-from engine.guidance import CanvasGuidance, make_canvas_guidance
+from engine.guidance import CanvasGuidance, GuidePicture, make_canvas_guidance
 from engine.model import checkpoint, hub
 from engine.model.config import ModelConfig
 from engine.model.zoomldm import ZoomLDM, digest
@@ -30,11 +31,21 @@ from engine.pilot import stored_or_fitted
 from engine.predict import DenoiseTiles, LocalDenoiser
 from engine.progress import Clock, Onlooker, Progress, TimedDenoiser
 from engine.sampler import Sampling, keyed_noise, sample_large
+from engine.schedule import TRAIN_STEPS
 from engine.state import write_atomically
 from engine.storage import open_storage
-from engine.tiles import Plan, make_plan
+from engine.strips import ForwardReader, ReadRows
+from engine.tiles import Level, Plan, make_plan
 
-_WHERE = ("model.source", "model.variant", "model.device", "canvas.store", "reference", "embeddings", "guide")
+_WHERE = (
+    "model.source",
+    "model.variant",
+    "model.device",
+    "canvas.store",
+    "reference",
+    "embeddings",
+    "model.cdm_source",
+)
 """Keys that say where something lies; what lies there counts instead (weights, conditions, device)."""
 ENVIRONMENT = "environment.json"
 
@@ -222,7 +233,22 @@ def _sampling(
         noise=keyed_noise(config.sampling.seed),
         watch=progress,
         guide=conditions.guide,
+        begin=_begin(job, model, conditions.guide),
     )
+
+
+def _begin(job: Job, model: ZoomLDM, guide: GuidePicture | None) -> Callable[[Level], ReadRows] | None:
+    """Return what a run with a given guide begins from, unless it begins with noise: the guide, enlarged."""
+    sampling = job.config.sampling
+    if guide is None or sampling.start == TRAIN_STEPS:
+        return None
+    device, factor = encoder_device(job.config), job.plan.levels[0].factor
+
+    def begin(level: Level) -> ReadRows:
+        picture = GuidePicture(guide.image, factor // level.factor)
+        return ForwardReader(enlarged_latents(model, device, picture, level, sampling.batch_size))
+
+    return begin
 
 
 def canvas_guidance(

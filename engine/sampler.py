@@ -58,6 +58,8 @@ class Sampling:
     watch: Watch
     guide: GuidePicture | None = None
     """A picture that is there already, and steers the coarsest level that is sampled."""
+    begin: Callable[[Level], ReadRows] | None = None
+    """Clean latents of a level that its first timestep is noised from; None begins with noise alone."""
     around: Surroundings | None = None
     """What a window of a finished picture lies in; the plan and the canvas are then the window's."""
 
@@ -85,12 +87,13 @@ def sample_large(s: Sampling) -> None:
 
 
 def _start(s: Sampling) -> None:
-    """Begin with noise; in a window, with what was there, noised to the first timestep."""
+    """Begin with noise; where there are latents to begin from, with those, noised to the first timestep."""
     for level in s.plan.sampled:
+        old = s.begin(level) if s.begin is not None else None
         for y0 in range(0, level.height, BAND):
             rows = (y0, min(y0 + BAND, level.height))
             noise = s.noise(f"start/{level.name}", 0, rows, level.width)
-            x_t = noise if s.around is None else s.plan.passes[0].steps[0].renoise(s.around.old(*rows), noise)
+            x_t = noise if old is None else s.plan.passes[0].steps[0].renoise(old(*rows), noise)
             s.canvas.write(level.name, y0, x_t)
     s.canvas.commit(0, 0)
 

@@ -11,25 +11,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export", "engine.export_features"),
-    *("engine.extract_features", "engine.phantom_slides"),
+    *("engine.extract_features", "engine.phantom_slides", "engine.superres"),
 )
 MIL_COMMANDS = ("mil.train", "mil.predict", "mil.compare", "mil.heatmap")
-CHOOSES_ACTORS = ("engine.extract_features", "mil.train")
+CHOOSES_ACTORS = ("engine.extract_features", "engine.superres", "mil.train")
 """Commands that run as modules; they may name `actors`, only inside functions."""
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
-    "interruption writers ray_address",
+    "interruption writers ray_address inversion_config devices consistency",
     "lock latents objects lease storage object_storage bag_plan",
     "bags",
     "bag_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode window features",
+    "predict pointwise guidance decode window features inversion enlarged",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
+    "summaries outcome "
     "extraction extraction_config extraction_blocks extraction_encoders "
     "extraction_outputs extraction_report extraction_local",
-    "parity train sample export export_features extract_features phantom_slides",
+    "parity train sample export export_features extract_features phantom_slides superres",
 )
 MIL_FLOORS = (
     "errors metrics calibration page",
