@@ -29,6 +29,7 @@ lint: .venv/.installed-dev  ## check formatting, style and types
 
 train-demo: .venv/.installed-dev  ## train the embedded demo model again (two CPU cores, hours)
 	$(BIN)/python -m engine.train --config configs/train_demo.yaml
+	$(BIN)/python -m engine.train --config configs/train_cdm.yaml
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build ./*.egg-info

@@ -272,7 +272,9 @@ class RunConfig:
         if self.reference and self.embeddings:
             raise ValueError("reference and embeddings exclude each other; got both. Drop one of them.")
         if self.condition != "reference" and (self.reference or self.embeddings):
-            raise ValueError(f"condition={self.condition} takes no reference or embeddings; got one. Drop one of both.")
+            raise ValueError(
+                f"condition {self.condition} takes neither reference nor embeddings; got one. Drop it, or the condition."
+            )
         if self.condition == "inversion" and not self.guide:
             raise ValueError("condition=inversion needs a guide to invert; got none. Use python -m engine.superres.")
         if self.condition == "cdm" and self.guide:

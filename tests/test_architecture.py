@@ -24,10 +24,10 @@ FLOORS = (
     "bags",
     "bag_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode window features inversion enlarged",
+    "predict pointwise guidance decode window features summaries inversion enlarged",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
-    "summaries outcome "
+    "outcome "
     "extraction extraction_config extraction_blocks extraction_encoders "
     "extraction_outputs extraction_report extraction_local",
     "parity train sample export export_features extract_features phantom_slides superres",
@@ -176,6 +176,7 @@ def test_layers() -> None:
         ("engine.tiles", "from engine import run", "lies above it"),
         ("engine.extract_features", "from actors.cluster import connect", "imports actors.cluster"),
         ("engine.extract_features", "def f():\n    import ray", "imports ray"),
+        ("engine.superres", "from actors.crew import work_on_ray", "imports actors.crew"),
         ("engine.extraction", "def f():\n    from actors.cluster import connect", "imports actors.cluster"),
         ("actors.pool", "import generate_large", "imports the command generate_large"),
         ("engine.helpers", "", "has no floor"),

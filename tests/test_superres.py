@@ -244,7 +244,7 @@ def test_a_guide_that_does_not_fit_the_canvas(
         ({"condition": "inversion"}, "needs a guide"),
         ({"guide": "low.png"}, "needs canvas.levels"),
         ({"condition": "cdm", "guide": "low.png"}, "makes a guide of its own"),
-        ({"condition": "cdm", "reference": "a.png"}, "takes no reference"),
+        ({"condition": "cdm", "reference": "a.png"}, "takes neither reference"),
         ({"condition": "cdm", "cdm_steps": 1}, "cdm_steps"),
     ],
 )

@@ -24,7 +24,7 @@ from engine.summaries import alpha_bars
 from engine.training.cdm_settings import CDMOptimiserSettings, CDMTrainingConfig
 from engine.training.checkpointing import save_json, write_atomically
 from engine.training.loop import Optimisation, TrainingError, step_rng
-from engine.training.summaries import GridFiles, Summaries, store_summaries
+from engine.training.summaries import GridFiles, Summaries, Windows, store_summaries
 
 log = logging.getLogger(__name__)
 
@@ -41,44 +41,55 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     """
     torch.set_num_threads(config.threads)
     run = Path(config.run)
-    settle(run, config)
     model = ZoomLDM.from_pretrained(config.source, config.variant, config.device)
     if not isinstance(model.conditioner, Summarizer):
         raise EngineError(
             f"A CDM learns the summaries of a Summarizer; {config.source} has a {model.config.conditioner.kind} "
             "conditioner. Take a model with several magnifications."
         )
-    train, heldout = stored(model, config)
+    sizes = cdm_config(model, config)
+    sources, counts = find_windows(model, config)
+    settle(run, config, {"conditioner": sizes.conditioner, "windows": [source.digest for source in sources]})
+    train, heldout = (
+        store_summaries(model, source, wanted, config.seed, run / "summaries" / name)
+        for source, wanted, name in zip(sources, counts, ("train", "heldout"), strict=True)
+    )
     torch.manual_seed(config.seed)
-    cdm = CDM(cdm_config(model, config)).to(config.device).train()
+    cdm = CDM(sizes).to(config.device).train()
     optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s)
 
     def loss_of(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
         del share
         return x0_loss(cdm, *draw_batch(train, config.train, config.seed, step, config.device), config.bfloat16)
 
-    def report(state: Optimisation) -> None:
-        state.average.exchange(cdm)
+    def measured(state: Optimisation) -> dict[str, list[float]]:
         errors = heldout_errors(cdm, heldout, config.device)
         log.info("step %d: held-out x0 error %s", state.step, errors)
-        if state.step == config.train.steps:
-            write(cdm, config, {"steps": state.step, "skipped_steps": state.skipped, "torch": torch.__version__,
-                                "minutes": round(state.seconds / 60, 1), "heldout_x0_mse": errors})  # fmt: skip
+        return errors
+
+    def report(state: Optimisation) -> None:
+        state.average.exchange(cdm)
+        measured(state)
         state.average.exchange(cdm)
 
     optimisation.run(loss_of, report)
+    # Not in `report`: a run that was killed between its last checkpoint and here must write, too.
+    optimisation.average.exchange(cdm)
+    minutes = round(optimisation.seconds / 60, 1)
+    write(cdm, config, {"steps": optimisation.step, "skipped_steps": optimisation.skipped, "minutes": minutes,
+                        "heldout_x0_mse": measured(optimisation), "torch": torch.__version__})  # fmt: skip
 
 
-def settle(run: Path, config: CDMTrainingConfig) -> None:
-    """Note the settings of a run, or refuse a folder that holds a run of others."""
-    path, now = run / "config.json", json.loads(json.dumps(asdict(config)))
+def settle(run: Path, config: CDMTrainingConfig, sources: dict[str, object]) -> None:
+    """Note what decides a run's weights, its settings and what it learns from, or refuse a folder of another run."""
+    path, now = run / "config.json", json.loads(json.dumps(asdict(config) | sources))
     if path.exists():
         before = json.loads(path.read_text())
         keys = [k for k in now | before if k not in _FREE_KEYS and now.get(k) != before.get(k)]
         if keys:
             raise TrainingError(
-                f"{run} holds a run with other settings for {', '.join(keys)}. Continue it with its own "
-                f"({path}), or give --run another folder."
+                f"{run} holds a run with another {', another '.join(keys)}. Continue it with its own ({path}), or "
+                "give --run another folder."
             )
     save_json(path, now)
 
@@ -94,19 +105,29 @@ def cdm_config(model: ZoomLDM, config: CDMTrainingConfig) -> CDMConfig:
     )
 
 
-def stored(model: ZoomLDM, config: CDMTrainingConfig) -> tuple[Summaries, Summaries]:
-    """Return the training and the held-out summaries, made where they are missing."""
+def find_windows(model: ZoomLDM, config: CDMTrainingConfig) -> tuple[list[Windows], list[tuple[float, ...]]]:
+    """Return the windows to learn from and those to measure on, and how many of each magnification are wanted.
+
+    Raises: EngineError for a magnification without windows, and for lists of another length than the magnifications.
+    """
     levels, settings = len(model.config.magnifications), config.summaries
-    counts = per_magnification("summaries.per_magnification", settings.per_magnification, levels)
     per_magnification("train.magnification_weights", config.train.magnification_weights, levels)
-    splits = []
-    for name, pattern, wanted in (
-        ("train", settings.train, counts),
-        ("heldout", settings.heldout, (settings.heldout_per_magnification,) * levels),
-    ):
+    counts = [
+        per_magnification("summaries.per_magnification", settings.per_magnification, levels),
+        (settings.heldout_per_magnification,) * levels,
+    ]
+    found: list[Windows] = []
+    for pattern in (settings.train, settings.heldout):
         windows = GridFiles(pattern, model.config.ssl_dim, model.config.scale)
-        splits.append(store_summaries(model, windows, wanted, config.seed, Path(config.run) / "summaries" / name))
-    return splits[0], splits[1]
+        for level, name in enumerate(model.config.magnifications):
+            if not windows.count(level):
+                k = model.config.scale.factor(name)
+                raise EngineError(
+                    f"at {name} a window covers {k} x {k} cells; no grid of {pattern} is as large. Encode larger "
+                    "regions, or train on a model without that magnification."
+                )
+        found.append(windows)
+    return found, counts
 
 
 def per_magnification(key: str, values: tuple[float, ...], levels: int) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ complete. It does not know pixels or training. A window at factor k covers k×k 
 """
 
 import glob
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,11 @@ Summaries = Sequence[NDArray[np.float16]]
 
 class Windows(Protocol):
     """Where windows come from, numbered from 0 at every magnification index."""
+
+    @property
+    def digest(self) -> str:
+        """Sources of equal digests have the same windows under the same numbers."""
+        ...
 
     def count(self, level: int) -> int: ...
 
@@ -67,6 +73,14 @@ class GridFiles:
                     "another encoder. Encode the region with the model's."
                 )
 
+    @property
+    def digest(self) -> str:
+        total = hashlib.sha256()
+        for grid in self.grids:
+            total.update(f"{grid.shape}".encode())
+            total.update(np.ascontiguousarray(grid).data)
+        return total.hexdigest()
+
     def _side(self, level: int) -> int:
         return self.scale.factor(self.scale.names[level])
 
@@ -92,17 +106,11 @@ def store_summaries(
     """Write the summaries of random windows, one file per magnification, where they are missing.
 
     All windows are equally likely and none is taken twice; where there are fewer than `counts` asks for, all are taken.
-    Returns them memory-mapped, base first: float16 (N, T, C). Raises: EngineError for a magnification without a window.
+    Returns them memory-mapped, base first: float16 (N, T, C).
     """
     found = []
     for level, name in enumerate(model.config.magnifications):
         path, total = folder / f"{name}.npy", windows.count(level)
-        if not total:
-            k = model.config.scale.factor(name)
-            raise EngineError(
-                f"at {name} a window covers {k} x {k} cells; no grid for {folder.name} is as large. Encode larger "
-                "regions, or train on a model without that magnification."
-            )
         if not path.exists():
             chosen = step_rng(seed, WINDOWS, level).choice(total, min(int(counts[level]), total), replace=False)
             save_array(path, summaries_of(model, windows, level, chosen.tolist()))
