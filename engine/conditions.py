@@ -1,68 +1,94 @@
-"""Which SSL grid a run is conditioned on: stored embeddings, a reference picture, or the demo's own grid.
+"""What a run is conditioned on: the SSL grid of its base cells, from wherever, and a guide if one is given.
 
 The grid is kept in the run folder, so that a resume neither needs the encoder nor depends on where it ran. It does not
-know canvases or networks other than the encoder.
+know canvases.
 """
 
 import hashlib
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from engine.config import RunConfig
+from engine.decode import to_uint8
 from engine.errors import CanvasError, EngineError
-from engine.model.config import ModelConfig
+from engine.guidance import GuidePicture
+from engine.inversion import Windows, encode_windows, invert
+from engine.magnification import LATENT_FACTOR, TILE_PX
+from engine.model.cdm_store import load_cdm
 from engine.model.encoders import load_encoder
 from engine.model.hub import DEMO
+from engine.model.store import hash_tensors
+from engine.model.zoomldm import ZoomLDM
+from engine.patches import PatchSampler
+from engine.progress import Progress
 from engine.reference import cover_canvas, embedding_grid, fit_grid, read_embeddings, read_reference
 from engine.state import replacing
 from engine.storage import open_storage
+from engine.summaries import sample_summaries
 from engine.tiles import Plan
 
 STORED = "conditions.npy"
 DEMO_GRID = DEMO / "reference.safetensors"
+DREAM_STEPS = 50
+"""Steps of the picture that a CDM's summary is turned into."""
 
-Extras = dict[str, dict[str, Tensor]]
-Say = Callable[[str], None]
+Make = Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """The SSL vectors of the base cells, float32 (D, h, w), and the sha256 of where they come from."""
+    """The SSL vectors of the base cells, float32 (D, h, w), and the sha256 of where all conditions come from."""
 
     grid: np.ndarray
     digest: str
+    guide: GuidePicture | None = None
+    """The picture that a user gives as coarsest level."""
 
 
-def find_conditions(
-    config: RunConfig, model: ModelConfig, extras: Extras, plan: Plan, device: str, say: Say
-) -> Conditions:
-    """Read or compute the grid under the canvas. `device` is where the SSL encoder runs; `extras` are the model's.
+def find_conditions(config: RunConfig, model: ZoomLDM, plan: Plan, device: str, progress: Progress) -> Conditions:
+    """Read or compute what a run is conditioned on; `device` is where this process asks networks.
 
     Raises: EngineError when there is no condition, or it is unreadable or does not fit; CheckpointError when the
     encoder cannot be had.
     """
     try:
-        if config.embeddings is not None:
-            grid = read_embeddings(config.embeddings, plan.grid_shape)
-            return _digested(fit_grid(grid, *plan.grid_shape, model.ssl_dim, config.embeddings))
-        if config.reference is not None:
-            return _from_picture(config, config.reference, model, extras, plan, device, say)
-        if config.model.source == "demo":
-            grid = load_file(DEMO_GRID)["grid"].numpy()
-            return _digested(cover_canvas(grid, *plan.grid_shape, model.ssl_dim, str(DEMO_GRID)))
+        if config.condition == "cdm":
+            return _from_cdm(config, model, plan, device, progress)
+        if config.guide is None:
+            return _find_grid(config, model, plan, device, progress)
+        picture = read_given_guide(config.guide, plan)
+        level = plan.levels[0]
+        guide = _as_image(picture, (level.height * LATENT_FACTOR, level.width * LATENT_FACTOR))
+        given = GuidePicture(guide, level.factor // plan.levels[1].factor)
+        if config.condition == "inversion":
+            return replace(_from_guide(config, picture, model, plan, device, progress), guide=given)
+        found = _find_grid(config, model, plan, device, progress)
+        return Conditions(found.grid, _sha256(found.digest.encode(), picture), given)
     except (ValueError, FileNotFoundError) as error:
         raise EngineError(str(error)) from error
+
+
+def _find_grid(config: RunConfig, model: ZoomLDM, plan: Plan, device: str, progress: Progress) -> Conditions:
+    dim = model.config.ssl_dim
+    if config.embeddings is not None:
+        grid = read_embeddings(config.embeddings, plan.grid_shape)
+        return _digested(fit_grid(grid, *plan.grid_shape, dim, config.embeddings))
+    if config.reference is not None:
+        return _from_picture(config, config.reference, model, plan, device, progress)
+    if config.model.source == "demo":
+        grid = load_file(DEMO_GRID)["grid"].numpy()
+        return _digested(cover_canvas(grid, *plan.grid_shape, dim, str(DEMO_GRID)))
     raise EngineError(
         "A run must be conditioned on something; neither a reference nor embeddings are given. Pass --reference "
-        f"PICTURE (at {model.base_mpp:g} µm/px) or --embeddings FILE with {plan.grid_shape[0]} x {plan.grid_shape[1]} "
-        f"vectors of {model.ssl_dim} ({model.encoder})."
+        f"PICTURE (at {model.config.base_mpp:g} µm/px) or --embeddings FILE with {plan.grid_shape[0]} x "
+        f"{plan.grid_shape[1]} vectors of {dim} ({model.config.encoder})."
     )
 
 
@@ -73,25 +99,116 @@ def keep_conditions(folder: Path, conditions: Conditions) -> None:
             np.save(file, conditions.grid)
 
 
+def read_given_guide(path: str, plan: Plan) -> np.ndarray:
+    """Read a picture that is the whole canvas at its coarsest level: uint8 (h, w, 3). Raises ValueError."""
+    level = plan.levels[0]
+    h, w = (-(-side // level.factor) for side in plan.size_px)
+    picture = read_reference(path, "guide", TILE_PX // level.factor)
+    if picture.shape[:2] != (h, w):
+        raise ValueError(
+            f"a guide at {level.name} must have the canvas's size there, {h} x {w} px (h x w); {path} is "
+            f"{picture.shape[0]} x {picture.shape[1]}. Use python -m engine.superres, which fits the canvas to it."
+        )
+    return picture
+
+
 def _from_picture(
-    config: RunConfig, reference: str, model: ModelConfig, extras: Extras, plan: Plan, device: str, say: Say
+    config: RunConfig, reference: str, model: ZoomLDM, plan: Plan, device: str, progress: Progress
 ) -> Conditions:
     """Embed a picture, or take what an earlier start of the same run kept."""
     picture = read_reference(reference)
-    digest = hashlib.sha256(picture.tobytes() + str(plan.grid_shape).encode()).hexdigest()
+
+    def embed() -> np.ndarray:
+        dtype = getattr(torch, config.model.dtype)
+        encoder = load_encoder(model.config.encoder, config.model.encoder_source, model.extras, device, dtype)
+        grid = embedding_grid(picture, encoder)
+        h, w = plan.grid_shape
+        if grid.shape[1:] != (h, w):
+            progress.say(
+                f"{reference} covers {grid.shape[1]} x {grid.shape[2]} cells, the canvas {h} x {w}: what is too much "
+                "is left out, what is missing is mirrored."
+            )
+        return cover_canvas(grid, h, w, model.config.ssl_dim, reference)
+
+    return _kept_or(config, _sha256(picture, str(plan.grid_shape).encode()), embed)
+
+
+def _from_guide(
+    config: RunConfig, picture: np.ndarray, model: ZoomLDM, plan: Plan, device: str, progress: Progress
+) -> Conditions:
+    """Recover the grid under a guide, or take what an earlier start of the same run kept."""
+
+    def recover() -> np.ndarray:
+        with _asked(model, device):
+            return _recovered(config, picture, model, plan, progress)
+
+    return _kept_or(config, _sha256(picture, f"inversion/{plan.grid_shape}".encode()), recover)
+
+
+def _from_cdm(config: RunConfig, model: ZoomLDM, plan: Plan, device: str, progress: Progress) -> Conditions:
+    """Draw a summary and a picture of it at the coarsest magnification, and recover the grid under that.
+
+    One picture is one tile, so of a canvas that its coarsest tile does not see whole, the rest is mirrored.
+    """
+    section, seed, level = config.model, config.sampling.seed, plan.levels[0]
+    cdm = load_cdm(section.source, section.variant, section.cdm_source, device)
+
+    def dream() -> np.ndarray:
+        progress.say(f"drawing a summary and its picture at {level.name}: the CDM takes {config.cdm_steps} steps")
+        with _asked(model, device):
+            summary = sample_summaries(cdm, level.index, 1, config.cdm_steps, seed)
+            drawn = PatchSampler("ddim", DREAM_STEPS, 1 + config.sampling.weight, seed).draw_from(model, summary)[0]
+            grid = _recovered(config, to_uint8(drawn).transpose(1, 2, 0), model, plan, progress)
+        return cover_canvas(grid, *plan.grid_shape, model.config.ssl_dim, "the CDM's picture")
+
+    weights = hashlib.sha256()
+    hash_tensors(weights, "cdm", cdm.state_dict())
+    return _kept_or(config, _sha256(weights.digest(), f"cdm/{level.name}/{plan.grid_shape}".encode()), dream)
+
+
+def _recovered(config: RunConfig, picture: np.ndarray, model: ZoomLDM, plan: Plan, progress: Progress) -> np.ndarray:
+    """Return the SSL grid under a picture of the coarsest level, uint8 (h, w, 3): at most that under the canvas."""
+    windows = Windows.over(picture.shape[:2], plan.levels[0], config.inversion)
+    progress.say(f"condition inversion: {len(windows.tiling)} window(s), {config.inversion.steps} steps")
+    latents = encode_windows(model, _as_image(picture, windows.size_px), windows)
+    try:
+        grid = invert(
+            model, latents, windows, config.inversion, config.sampling.seed,
+            lambda done, total: progress.step("inversion", done, total),
+        )  # fmt: skip
+    finally:
+        progress.close()
+    return np.ascontiguousarray(grid[:, : plan.grid_shape[0], : plan.grid_shape[1]])
+
+
+@contextmanager
+def _asked(model: ZoomLDM, device: str) -> Iterator[None]:
+    """Put the model where it is asked, and back."""
+    before = model.device
+    try:
+        model.to(device)
+        yield
+    finally:
+        model.to(before)
+
+
+def _as_image(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return uint8 (h, w, 3) as float32 (3, *size) in [−1, 1], mirrored at its lower and right border to fill it.
+
+    Half a grey level brighter, so that to_uint8, which truncates, gives it back.
+    """
+    missing = [(0, whole - side) for whole, side in zip(size, picture.shape, strict=False)]
+    padded = np.pad(picture, (*missing, (0, 0)), mode="symmetric")
+    return np.minimum((np.ascontiguousarray(padded.transpose(2, 0, 1), dtype=np.float32) + 0.5) / 127.5 - 1, 1)
+
+
+def _kept_or(config: RunConfig, digest: str, make: Make) -> Conditions:
+    """Return the grid of an earlier start of the run, or make it.
+
+    state.json's keys hold the digest, so that what was kept for another picture is refused later.
+    """
     kept = _kept_grid(config)
-    if kept is not None:
-        return Conditions(kept, digest)  # state.json's keys hold the digest, so another picture is refused
-    dtype = getattr(torch, config.model.dtype)
-    encoder = load_encoder(model.encoder, config.model.encoder_source, extras, device, dtype)
-    grid = embedding_grid(picture, encoder)
-    h, w = plan.grid_shape
-    if grid.shape[1:] != (h, w):
-        say(
-            f"{reference} covers {grid.shape[1]} x {grid.shape[2]} cells, the canvas {h} x {w}: what is too much is "
-            "left out, what is missing is mirrored."
-        )
-    return Conditions(cover_canvas(grid, h, w, model.ssl_dim, reference), digest)
+    return Conditions(make() if kept is None else kept, digest)
 
 
 def _kept_grid(config: RunConfig) -> np.ndarray | None:
@@ -113,9 +230,16 @@ def _load_grid(file: Path | io.BytesIO, name: str) -> np.ndarray:
         return np.load(file, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise CanvasError(
-            f"{name} must hold this run's SSL grid; {error}. Remove it to embed the picture again."
+            f"{name} must hold this run's SSL grid; {error}. Remove it to make the grid again."
         ) from error
 
 
 def _digested(grid: np.ndarray) -> Conditions:
-    return Conditions(grid, hashlib.sha256(grid.tobytes() + str(grid.shape).encode()).hexdigest())
+    return Conditions(grid, _sha256(grid, str(grid.shape).encode()))
+
+
+def _sha256(*parts: np.ndarray | bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part if isinstance(part, bytes) else part.tobytes())
+    return found.hexdigest()

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
+from engine.inversion_config import InversionConfig
 from engine.magnification import TILE_LATENT_PX, TILE_PX
 
 TileWeights = Literal["uniform", "smooth"]
 GuidanceMethod = Literal["newton", "linear", "probe", "none"]
+Condition = Literal["reference", "inversion", "cdm"]
 ExportFormat = Literal["tiff", "ome-tiff", "dzi", "png"]
 STORES = ("s3", "gs", "az", "file")
 """Schemes of canvas.store."""
@@ -251,20 +253,45 @@ class RunConfig:
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    inversion: InversionConfig = field(default_factory=InversionConfig)
     ray: RayConfig = field(default_factory=RayConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     reference: str | None = None
     """Picture whose SSL grid conditions the run (at the base magnification)."""
     embeddings: str | None = None
     """Stored SSL grid: .npy, .h5 or .zarr, (D, h, w) or (h·w, D)."""
+    condition: Condition = "reference"
+    """Where the SSL grid comes from: reference, embeddings or the demo's own; inversion of the guide; or a picture that
+    the model's CDM dreams up, which needs nothing."""
+    cdm_steps: int = 200
+    """condition=cdm: steps of its sampling, 2..1000."""
+    guide: str | None = None
+    """Picture at canvas.levels[0] that steers as it is, instead of being sampled (engine.superres sets it)."""
 
     def __post_init__(self) -> None:
         if self.reference and self.embeddings:
             raise ValueError("reference and embeddings exclude each other; got both. Drop one of them.")
+        if self.condition != "reference" and (self.reference or self.embeddings):
+            raise ValueError(
+                f"condition {self.condition} takes neither reference nor embeddings; got one. Drop it, or the condition."
+            )
+        if self.condition == "inversion" and not self.guide:
+            raise ValueError("condition=inversion needs a guide to invert; got none. Use python -m engine.superres.")
+        if self.condition == "cdm" and self.guide:
+            raise ValueError("condition=cdm makes a guide of its own; got a guide too. Drop one of them.")
+        _require(2 <= self.cdm_steps <= 1000, "cdm_steps must lie in 2..1000", self.cdm_steps)
+        if self.guide and not (self.canvas.levels and len(self.canvas.levels) > 1):
+            raise ValueError(
+                f"a guide needs canvas.levels, its own magnification first; got {self.canvas.levels}. Use "
+                "python -m engine.superres, which sets them."
+            )
 
     def picture_keys(self) -> dict[str, object]:
         """Return the keys that decide the picture's bytes, dotted; the rest may change on resume."""
-        kept = {k: v for k, v in asdict(self).items() if k not in ("ray", "output")}
+        unused = {"ray", "output", "guide"}  # what a guide shows counts, with the conditions
+        unused |= {"inversion", "condition"} if self.condition == "reference" else set()
+        unused |= {"cdm_steps"} if self.condition != "cdm" else set()
+        kept = {k: v for k, v in asdict(self).items() if k not in unused}
         flat: dict[str, object] = {}
         for section, values in kept.items():
             if isinstance(values, dict):

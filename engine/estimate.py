@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.canvas import canvas_nbytes
 from engine.conditioning import MAX_CELLS
 from engine.config import RunConfig
+from engine.inversion import Windows
 from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.model.config import ModelConfig
 from engine.model.networks import build_networks
@@ -222,7 +223,7 @@ def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -
         px, flop = f"{level.height * LATENT_FACTOR} x {level.width * LATENT_FACTOR}", level_flop(plan, i, config, cost)
         lines.append(
             f"  {level.name:10} {px:>15} {f'{level.height} x {level.width}':>15} {model.scale.mpp(level.name):7g} "
-            f"{_flops(flop):>13}   {', '.join(tilings)}"
+            f"{_flops(flop):>13}   {', '.join(tilings) or 'given'}"
         )
     total = Calls()
     lines.append("passes          steps    U-Net    encode    decode  tiles        FLOP")
@@ -240,6 +241,7 @@ def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -
     grown = min(MAX_CELLS, plan.levels[0].factor)
     lines += [
         f"conditions      {cells} cells of {model.ssl_dim} ({model.encoder}); up to {grown} x {grown} a tile",
+        *([_inversion_line(plan, config, cost)] if config.condition != "reference" else []),
         f"guidance        {config.guidance.method}",
         f"replica         {_size(cost.weights_nbytes)} weights + about {_size(cost.activations_nbytes)} activations "
         f"({config.model.dtype}, batch {config.sampling.batch_size}), without the libraries' own",
@@ -247,6 +249,15 @@ def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -
         f"time            about {_duration(total.flop(cost) / speed / 1e12)}, {source}",
     ]
     return "\n".join(lines)
+
+
+def _inversion_line(plan: Plan, config: RunConfig, cost: NetworkCost) -> str:
+    """Say what condition inversion takes: a gradient costs twice the call. The CDM's picture is one window."""
+    level, settings = plan.levels[0], config.inversion
+    size = [-(-side // level.factor) for side in plan.size_px] if plan.given else [TILE_PX, TILE_PX]
+    count = len(Windows.over((size[0], size[1]), level, settings).tiling)
+    flop = _flops(3 * count * settings.steps * cost.unet)
+    return f"inversion       {count} window(s), {settings.steps} steps, {flop} in this process, not in the time below"
 
 
 def _pass_line(name: str, steps: str, calls: Calls, cost: NetworkCost) -> str:

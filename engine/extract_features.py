@@ -4,8 +4,8 @@
     python -m engine.extract_features --slides DIR --dry-run
     python -m engine.extract_features --slides DIR --out DIR --retry-failed
 
-Run the same command again to continue. This is the one module of the engine that may name `actors`, and only inside
-the function that is called when Ray is wanted.
+Run the same command again to continue. This module may name `actors`, and only inside the function that is called when
+Ray is wanted.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but for some slides (they are listed), 130 or 143 interrupted.
 """
 

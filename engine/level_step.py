@@ -21,7 +21,7 @@ from engine.guidance import CanvasGuidance, GuidePicture, halo_rows, steer_rows
 from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.predict import DenoiseTiles, NewtonTarget, TileBatch, TilePrediction
 from engine.schedule import Step
-from engine.strips import BandReader, gather_tiles, in_bands
+from engine.strips import BandReader, ReadRows, gather_tiles, in_bands
 from engine.tiles import Level, Pass, Plan, Tiling
 from engine.window import Surroundings
 from engine.workers import Workers
@@ -55,6 +55,10 @@ class Sampling:
     decode_sigma: float
     noise: Noise
     watch: Watch
+    guide: GuidePicture | None = None
+    """A picture that is there already, and steers the coarsest level that is sampled."""
+    begin: Callable[[Level], ReadRows] | None = None
+    """Clean latents of a level that its first timestep is noised from; None begins with noise alone."""
     around: Surroundings | None = None
     """What a window of a finished picture lies in; the plan and the canvas are then the window's."""
     workers: Workers = field(default_factory=Workers)

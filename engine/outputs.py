@@ -3,7 +3,7 @@
 Each file is whole or not there; what is there is not made again. It does not know how latents came about.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import PIL.Image
 
 from engine.canvas import BAND
 from engine.config import ExportFormat, RunConfig
+from engine.consistency import consistent_rows, rows_above
 from engine.decode import decode_rows, to_uint8
 from engine.exports.formats import write_export
 from engine.exports.png import write_picture, write_preview
@@ -61,16 +62,36 @@ def decode(s: Sampling, folder: Path, mpp_um: float, provenance: dict[str, objec
     start = s.canvas.progress.decoded_px if path.exists() else 0
     image = Image.open(path) if start else Image.create(path, height, width, mpp_um, folder.name, provenance)
     if start < height:
-        read = BandReader(lambda y0, y1: s.canvas.read(s.plan.finest.name, y0, y1), size[0], BAND)
-        rows = decode_rows(read, size, s.plan.decode, s.denoiser, s.decode_sigma, "decode", start // LATENT_FACTOR)
-        for done in image.fill(cut(map(to_uint8, rows), (0, height - start), (0, width)), start):
+        for done in image.fill(map(to_uint8, _decoded(s, size, start)), start):
             s.canvas.record(decoded_px=done)
     if max(image.sizes[-1]) > TOP_PX:  # the pyramid names its levels last, so it is whole or has to be made
         image.build_pyramid()
     level = guide_level(s.plan)
     if level is not None and not (folder / GUIDE).exists():
-        latents = s.canvas.read(level.name, 0, level.height)
-        write_picture(folder / GUIDE, to_uint8(picture_of(s, level, latents, level.name)), image.provenance)
+        write_picture(folder / GUIDE, to_uint8(_guide(s, level)), image.provenance)
+
+
+def _decoded(s: Sampling, size: tuple[int, int], start: int) -> Iterator[np.ndarray]:
+    """Yield the picture from row `start` on, float32 (3, n, w); where a guide is given, in agreement with it."""
+    height, width = s.plan.size_px
+    factor = s.plan.levels[0].factor
+    exact = s.plan.given and s.guidance.method != "none"
+    first = max(start - rows_above(factor), 0) if exact else start
+    read = BandReader(lambda y0, y1: s.canvas.read(s.plan.finest.name, y0, y1), size[0], BAND)
+    found = decode_rows(read, size, s.plan.decode, s.denoiser, s.decode_sigma, "decode", first // LATENT_FACTOR)
+    rows = cut(found, (0, height - first), (0, width))
+    if not exact:
+        return rows
+    assert s.guide is not None  # a plan says so only when there is one
+    return consistent_rows(rows, height, s.guide.image, factor, start)
+
+
+def _guide(s: Sampling, level: Level) -> np.ndarray:
+    """Return the picture of the level that steers the finest, float32 (3, h, w) in [−1, 1]."""
+    if level in s.plan.sampled:
+        return picture_of(s, level, s.canvas.read(level.name, 0, level.height), level.name)
+    assert s.guide is not None  # what is not sampled is given
+    return s.guide.image
 
 
 def export(folder: Path, config: RunConfig, plan: Plan, clock: Clock) -> None:

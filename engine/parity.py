@@ -24,6 +24,7 @@ from engine.replay import (
     loosened,
     replay_decode_large,
     replay_encoder,
+    replay_inversion,
     replay_joint,
     replay_panorama,
     replay_parts,
@@ -35,7 +36,8 @@ _HALF_FACTOR = {"bfloat16": 5e3, "float16": 1e3}
 """Tolerances of half precision, in units of float32's: 8 and 11 bits of mantissa against 24, measured, not derived."""
 _INPUT = ("summarizer.in.", "unet.x", "unet.t", "unet.context", "vae.image", "refine.noise.", "refine.x0_in",
           "refine.ssl_grid", "decode_large.latent", "panorama.noise.", "panorama.init.", "panorama.embeddings",
-          "x_T", "guide_x_T", "ssl_grid", "encoder.image")  # fmt: skip
+          "x_T", "guide_x_T", "ssl_grid", "encoder.image", "inversion.feat", "inversion.latent",
+          "inversion.eps")  # fmt: skip
 
 
 def is_input(name: str) -> bool:
@@ -70,11 +72,12 @@ def replay(folder: Path, dtype: str, device: str, expected: Expected) -> Iterato
         return
     if not (folder / "weights.ckpt").exists() and not (folder / "config.json").exists():
         return
+    model, raw = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype]), None
+    if "unet.eps_raw" in expected:
+        raw = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype], weights="raw")
+        gradients = replay_inversion(raw, expected)
+        yield from gradients if half is None else loosened(gradients, half)
     with torch.inference_mode():
-        model = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype])
-        raw = None
-        if "unet.eps_raw" in expected:
-            raw = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype], weights="raw")
         parts = replay_parts(model, raw, expected)
         yield from parts if half is None else loosened(parts, half)
         if half is None:

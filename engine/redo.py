@@ -84,6 +84,10 @@ class RedoJob:
     def folder(self) -> Path:
         return self.job.folder
 
+    @property
+    def config(self) -> RunConfig:
+        return self.job.config
+
     def keys(self) -> dict[str, object]:
         """Return what decides the new picture's bytes."""
         run = {k: v for k, v in self.past.root.keys.items() if not k.startswith("plan.levels.")}
@@ -127,6 +131,11 @@ def prepare_redo(asked: RedoConfig, past: PastRun, config: RunConfig) -> RedoJob
     """
     past.picture()
     job = prepare(config)
+    if job.plan.given:
+        raise ValueError(
+            f"a region can be sampled again where the guide was sampled too; that of {past.folder} was given. Repeat "
+            "the run with another sampling.seed and output.folder."
+        )
     check_region(asked.region, job.plan.size_px)
     _, window = window_under(job.plan, asked.region)
     return RedoJob(job, past, asked, window, window_plan(job.plan, asked.region, asked.from_t))
@@ -169,7 +178,7 @@ def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
 def _check_run(r: RedoJob, model: ZoomLDM) -> None:
     """Hold config and weights to the run's: what is sampled beside its latents must be of the same kind."""
     root = r.past.root
-    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in r.job.plan.levels}
+    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in r.job.plan.sampled}
     keys = picture_keys(r.job.config, model, Conditions(r.past.grid, str(root.keys.get("conditions"))))
     check_keys(root.folder, root.keys, plain(keys | levels))
 
@@ -191,7 +200,7 @@ def _sampling(r: RedoJob, model: ZoomLDM, canvas: Canvas, denoiser: DenoiseTiles
         return r.past.latents(job.plan, finest, Box(box.y0 + y0, box.x0, box.y0 + y1, box.x1))
 
     guided = any(p.guided for p in r.plan.passes)
-    guide = guide_under(r, denoiser) if guided else None
+    around = Surroundings(r.window, BandReader(old, r.plan.finest.height, BAND))
     return Sampling(
         plan=r.plan,
         canvas=canvas,
@@ -202,7 +211,9 @@ def _sampling(r: RedoJob, model: ZoomLDM, canvas: Canvas, denoiser: DenoiseTiles
         decode_sigma=job.config.decode.sigma,
         noise=redo_noise(r.asked.seed, r.past.digest),
         watch=progress,
-        around=Surroundings(r.window, BandReader(old, r.plan.finest.height, BAND), guide),
+        guide=guide_under(r, denoiser) if guided else None,
+        begin=lambda _: around.old,
+        around=around,
     )
 
 

@@ -41,27 +41,25 @@ _MODES = {
 _PILLOW_LIMIT = threading.Lock()
 
 
-def read_reference(path: str | Path) -> NDArray[np.uint8]:
-    """Read a PNG, JPEG or TIFF as uint8 (H, W, 3).
+def read_reference(path: str | Path, what: str = "reference", smallest: int = TILE_PX) -> NDArray[np.uint8]:
+    """Read a PNG, JPEG or TIFF as uint8 (H, W, 3); `what` it is to the user is said in messages.
 
     A photo's EXIF orientation is applied, as viewers do; of a pyramidal TIFF the largest level is read. Colour
-    profiles are ignored. Raises: ValueError for a file that is missing, damaged, not 8-bit RGB, smaller than one
-    cell (256 px) or larger than MAX_PX.
+    profiles are ignored. Raises: ValueError for a file that is missing, damaged, not 8-bit RGB, with a side
+    below `smallest` px (unless said, one cell) or larger than MAX_PX.
     """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _PILLOW_SUFFIXES + _TIFF_SUFFIXES:
-        raise ValueError(f"the reference must be a PNG, JPEG or TIFF file; got {path}. {_ADVICE}.")
+        raise ValueError(f"the {what} must be a PNG, JPEG or TIFF file; got {path}. {_ADVICE}.")
     if not path.is_file():
-        raise ValueError(f"the reference must be an existing file; there is none at {path}. Check the path.")
+        raise ValueError(f"the {what} must be an existing file; there is none at {path}. Check the path.")
     try:
-        pixels = _read_tiff(path) if suffix in _TIFF_SUFFIXES else _read_with_pillow(path)
+        pixels = _read_tiff(path, smallest) if suffix in _TIFF_SUFFIXES else _read_with_pillow(path, smallest)
     except _Refused as refusal:
-        raise ValueError(f"the reference {path} {refusal}") from None
+        raise ValueError(f"the {what} {path} {refusal}") from None
     except UNREADABLE as error:
-        raise ValueError(
-            f"the reference {path} must be readable; it is damaged or not {suffix[1:]} ({error})."
-        ) from error
+        raise ValueError(f"the {what} {path} must be readable; it is damaged or not {suffix[1:]} ({error}).") from error
     return np.ascontiguousarray(pixels)
 
 
@@ -69,9 +67,9 @@ class _Refused(Exception):
     """Why a readable picture cannot be a reference; the rest of the sentence after its name."""
 
 
-def _read_with_pillow(path: Path) -> NDArray[np.uint8]:
+def _read_with_pillow(path: Path, smallest: int) -> NDArray[np.uint8]:
     with _without_pillow_limit(), Image.open(path) as image:
-        _check_size(image.height, image.width)
+        _check_size(image.height, image.width, smallest)
         # Pillow calls a 16-bit RGB PNG "RGB" and halves it on the way in; only the decoder's argument tells.
         deep = image.mode.startswith(("I", "F")) or any("16" in str(tile[3]) for tile in image.tile)
         if deep:
@@ -96,7 +94,7 @@ def _without_pillow_limit() -> Iterator[None]:
             Image.MAX_IMAGE_PIXELS = before
 
 
-def _read_tiff(path: Path) -> NDArray[np.uint8]:
+def _read_tiff(path: Path, smallest: int) -> NDArray[np.uint8]:
     with tifffile.TiffFile(path) as tiff:
         series = tiff.series[0]
         page = series.keyframe
@@ -108,7 +106,7 @@ def _read_tiff(path: Path) -> NDArray[np.uint8]:
             )
         if series.dtype != np.uint8:
             raise _Refused(f"must be {_FORM}; its samples are {series.dtype}. {_ADVICE}.")
-        _check_size(page.imagelength, page.imagewidth)
+        _check_size(page.imagelength, page.imagewidth, smallest)
         # A lost tile would read as black, the lost end of a JPEG strip as grey.
         ends = np.add(page.dataoffsets, page.databytecounts)
         if min(page.databytecounts, default=0) == 0 or ends.max() > tiff.filehandle.size:
@@ -117,10 +115,10 @@ def _read_tiff(path: Path) -> NDArray[np.uint8]:
         return pixels if series.axes == "YXS" else np.moveaxis(pixels, 0, -1)
 
 
-def _check_size(height: int, width: int) -> None:
-    if min(height, width) < TILE_PX:
+def _check_size(height: int, width: int, smallest: int) -> None:
+    if min(height, width) < smallest:
         raise _Refused(
-            f"must be at least {TILE_PX}x{TILE_PX} px, one cell; it is {height}x{width}. Take a larger region; "
+            f"must be at least {smallest}x{smallest} px, one cell; it is {height}x{width}. Take a larger region; "
             "enlarging the picture would change its magnification."
         )
     if height * width > MAX_PX:

@@ -23,6 +23,7 @@ from engine.config import GuidanceConfig
 from engine.decode import decode_rows, to_uint8
 from engine.errors import CheckpointError
 from engine.guidance import GuidePicture
+from engine.inversion import inversion_loss
 from engine.magnification import TILE_LATENT_PX, TILE_PX
 from engine.model.vit_encoder import UNI, load_vit
 from engine.model.zoomldm import ZoomLDM
@@ -34,6 +35,7 @@ from engine.tiles import Level, Pass, Plan, make_tiling
 
 Expected = dict[str, Tensor]
 PARTS_TOLERANCE, JOINT_TOLERANCE, CANVAS_TOLERANCE, BYTES_TOLERANCE = 1e-5, 1e-6, 1e-4, 1e-3
+INVERSION_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -252,6 +254,18 @@ def replay_joint(model: ZoomLDM, e: Expected) -> Iterator[Check]:
         x_t = found["x_next"] = _advance(step, x0, eps, e[f"step{i}.noise"])
         for name, value in found.items():
             yield Check(f"step{i}.{name}", relative(value, e[f"step{i}.{name}"]), JOINT_TOLERANCE)
+
+
+def replay_inversion(raw: ZoomLDM, e: Expected) -> Iterator[Check]:
+    """Replay the loss of condition inversion and its gradient; raw weights, variety 0.05. Not in inference mode."""
+    for name in sorted(n for n in e if n.startswith("inversion.loss_t")):
+        t = int(re.sub(r"\D", "", name))
+        grid, latents, noise = (e[f"inversion.{key}"].to(raw.device) for key in ("feat", "latent", "eps"))
+        grid.requires_grad_()
+        loss = inversion_loss(raw, grid[None], latents, noise, t, grid.shape[1].bit_length() - 1, 0.05)
+        (gradient,) = torch.autograd.grad(loss.sum(), grid)
+        yield Check(name, relative(loss, e[name]), INVERSION_TOLERANCE)
+        yield Check("inversion.grad", relative(gradient, e["inversion.grad"]), INVERSION_TOLERANCE)
 
 
 def _squares(picture: Tensor, n: int) -> Tensor:

@@ -18,10 +18,12 @@ import yaml
 from engine import __version__, outputs
 from engine.canvas import Canvas
 from engine.conditions import STORED, Conditions, find_conditions, keep_conditions
-from engine.config import RunConfig
-from engine.errors import CanvasError, CanvasMismatchError, EngineError
+from engine.config import ModelConfigSection, RunConfig
+from engine.devices import choose_device, encoder_device, pin_arithmetic
+from engine.enlarged import enlarged_latents
+from engine.errors import CanvasError, CanvasMismatchError
 from engine.exports.png import check_png
-from engine.guidance import CanvasGuidance, make_canvas_guidance
+from engine.guidance import CanvasGuidance, GuidePicture, make_canvas_guidance
 from engine.model import checkpoint, hub
 from engine.model.config import ModelConfig
 from engine.model.zoomldm import ZoomLDM, digest
@@ -29,11 +31,21 @@ from engine.pilot import stored_or_fitted
 from engine.predict import DenoiseTiles, LocalDenoiser
 from engine.progress import Clock, Onlooker, Progress, TimedDenoiser
 from engine.sampler import Sampling, keyed_noise, sample_large
+from engine.schedule import TRAIN_STEPS
 from engine.state import write_atomically
 from engine.storage import open_storage
-from engine.tiles import Plan, make_plan
+from engine.strips import ForwardReader, ReadRows
+from engine.tiles import Level, Plan, make_plan
 
-_WHERE = ("model.source", "model.variant", "model.device", "canvas.store", "reference", "embeddings")
+_WHERE = (
+    "model.source",
+    "model.variant",
+    "model.device",
+    "canvas.store",
+    "reference",
+    "embeddings",
+    "model.cdm_source",
+)
 """Keys that say where something lies; what lies there counts instead (weights, conditions, device)."""
 ENVIRONMENT = "environment.json"
 
@@ -67,12 +79,17 @@ Engage = Callable[[ZoomLDM, RunConfig], AbstractContextManager[Crew]]
 """Puts the model, which lies on the CPU, to work."""
 
 
-def prepare(config: RunConfig) -> Job:
-    """Read the model's description and cut the plan.
+def describe(section: ModelConfigSection) -> ModelConfig:
+    """Return what the model is. Raises: CheckpointError when it cannot be had."""
+    return checkpoint.read(hub.locate(section.source, section.variant)).config
+
+
+def prepare(config: RunConfig, model: ModelConfig | None = None) -> Job:
+    """Cut the plan; `model` is what `describe` returns, if that is known.
 
     Raises: CheckpointError when the model cannot be had; ValueError when the config asks for what it has not.
     """
-    model = checkpoint.read(hub.locate(config.model.source, config.model.variant)).config
+    model = model or describe(config.model)
     plan = make_plan(config, model.scale)
     if "png" in config.output.formats:
         check_png(config.canvas.height, config.canvas.width)
@@ -85,8 +102,8 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
     Raises: EngineError with what the user can do. What is committed survives any error and Ctrl-C.
     """
     clock = Clock()
-    # The coordinator's own arithmetic (guidance) is part of the picture's bytes, wherever replicas compute.
-    torch.set_num_threads(job.config.model.threads)
+    # This process's own arithmetic (guidance, inversion) is part of the picture's bytes, wherever replicas compute.
+    pin_arithmetic(job.config.model.threads)
     store = job.config.canvas.store
     storage = None if store is None else open_storage(store)
     if storage is not None:
@@ -94,10 +111,8 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
     with clock.phase("model"):
         model = load_model(job.config)
     with clock.phase("conditions"):
-        conditions = find_conditions(
-            job.config, job.model, model.extras, job.plan, encoder_device(job.config), progress.say
-        )
-    levels = {level.name: (level.height, level.width) for level in job.plan.levels}
+        conditions = find_conditions(job.config, model, job.plan, encoder_device(job.config), progress)
+    levels = {level.name: (level.height, level.width) for level in job.plan.sampled}
     keys, record = picture_keys(job.config, model, conditions), job.config.output.record_writers
     with Canvas.open(job.folder, keys, levels, storage, record) as canvas:
         missing = outputs.missing(job.folder, job.config, job.plan)
@@ -115,7 +130,7 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
             said = provenance(job, canvas.digest, canvas.keys)
             facts = compute(
                 job, canvas, lambda: engage(model, job.config), progress, clock,
-                lambda denoiser: _sampling(job, model, conditions.grid, canvas, denoiser, progress),
+                lambda denoiser: _sampling(job, model, conditions, canvas, denoiser, progress),
                 lambda s: outputs.decode(s, job.folder, job.model.base_mpp, said),
             )  # fmt: skip
         outputs.export(job.folder, job.config, job.plan, clock)
@@ -204,9 +219,9 @@ def provenance(job: Job, plan: str, keys: dict[str, object]) -> dict[str, object
 
 
 def _sampling(
-    job: Job, model: ZoomLDM, grid: np.ndarray, canvas: Canvas, denoiser: DenoiseTiles, progress: Progress
+    job: Job, model: ZoomLDM, conditions: Conditions, canvas: Canvas, denoiser: DenoiseTiles, progress: Progress
 ) -> Sampling:
-    config = job.config
+    config, grid = job.config, conditions.grid
     return Sampling(
         plan=job.plan,
         canvas=canvas,
@@ -217,7 +232,23 @@ def _sampling(
         decode_sigma=config.decode.sigma,
         noise=keyed_noise(config.sampling.seed),
         watch=progress,
+        guide=conditions.guide,
+        begin=_begin(job, model, conditions.guide),
     )
+
+
+def _begin(job: Job, model: ZoomLDM, guide: GuidePicture | None) -> Callable[[Level], ReadRows] | None:
+    """Return what a run with a given guide begins from, unless it begins with noise: the guide, enlarged."""
+    sampling = job.config.sampling
+    if guide is None or sampling.start == TRAIN_STEPS:
+        return None
+    device, factor = encoder_device(job.config), job.plan.levels[0].factor
+
+    def begin(level: Level) -> ReadRows:
+        picture = GuidePicture(guide.image, factor // level.factor)
+        return ForwardReader(enlarged_latents(model, device, picture, level, sampling.batch_size))
+
+    return begin
 
 
 def canvas_guidance(
@@ -258,30 +289,6 @@ def check_environment(folder: Path, device: str) -> None:
             f"{folder} was begun elsewhere: {'; '.join(differing)}; the last bits would differ. Continue it there, or "
             "use another output.folder."
         )
-
-
-def pin_arithmetic(threads: int) -> None:
-    """Fix what else decides the last bits of this process: CPU threads and cuDNN's and cuBLAS's choice of kernels."""
-    torch.set_num_threads(threads)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def choose_device(wanted: str) -> str:
-    """Return "cpu" or "cuda" for this process. Raises EngineError when a GPU is asked for and there is none."""
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise EngineError(
-            "model.device=cuda needs a GPU that torch can use; it sees none on this machine. Install a CUDA build of "
-            "torch and a driver, run on the cluster (ray.address), or use model.device=cpu."
-        )
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
-
-
-def encoder_device(config: RunConfig) -> str:
-    """Return where the SSL encoder runs: here, on a GPU if there is one, wherever the replicas are."""
-    return "cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import PIL.Image
@@ -40,11 +39,6 @@ _GAP_PX = 8
 class SampleConfig(RunConfig):
     """Command 1's keys (canvas, guidance, refine and ray are not used), and what patches need."""
 
-    condition: Literal["grid", "cdm"] = "grid"
-    """grid: patches imitate cells of the reference, the embeddings or the demo's grid. cdm: the model's CDM draws the
-    conditions, too."""
-    cdm_steps: int = 200
-    """cdm: steps of a summary."""
     magnification: str | None = None
     """One of the model's magnifications; None takes the base."""
     count: int = 16
@@ -62,13 +56,11 @@ class SampleConfig(RunConfig):
         super().__post_init__()
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}; got {self.scheduler!r}.")
-        for name, low in (("count", 1), ("steps", 1), ("scale", 1.0), ("cdm_steps", 2)):
+        for name, low in (("count", 1), ("steps", 1), ("scale", 1.0)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}.")
-        if self.condition == "cdm" and (self.reference or self.embeddings):
-            raise ValueError(
-                "condition cdm takes neither reference nor embeddings; got one. Drop it, or the condition."
-            )
+        if self.condition == "inversion":
+            raise ValueError("condition must be reference or cdm for patches; got 'inversion', which is for canvases.")
 
 
 @dataclass(frozen=True)

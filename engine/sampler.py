@@ -46,12 +46,13 @@ def sample_large(s: Sampling) -> None:
 
 
 def _start(s: Sampling) -> None:
-    """Begin with noise; in a window, with what was there, noised to the first timestep."""
-    for level in s.plan.levels:
+    """Begin with noise; where there are latents to begin from, with those, noised to the first timestep."""
+    for level in s.plan.sampled:
+        old = s.begin(level) if s.begin is not None else None
         for y0 in range(0, level.height, BAND):
             rows = (y0, min(y0 + BAND, level.height))
             noise = s.noise(f"start/{level.name}", 0, rows, level.width)
-            x_t = noise if s.around is None else s.plan.passes[0].steps[0].renoise(s.around.old(*rows), noise)
+            x_t = noise if old is None else s.plan.passes[0].steps[0].renoise(old(*rows), noise)
             s.canvas.write(level.name, y0, x_t)
     s.canvas.commit(0, 0)
 
@@ -113,14 +114,14 @@ def _commit(s: Sampling, index: int, levels: list["LevelStep"]) -> None:
 def _level_steps(s: Sampling, pass_: Pass, number: int) -> list["LevelStep"]:
     """Return a step's work, coarse to fine; each level hangs on the one that steers it."""
     found: list[LevelStep] = []
+    origin = (0, 0) if s.around is None else (s.around.window.box.y0, s.around.window.box.x0)
     guided = pass_.guided and s.guidance.covers(pass_.steps[number].t)
     for level, tiling in zip(s.plan.levels, pass_.tilings, strict=True):
         if tiling is not None:
-            above = found[-1] if found and guided else None
-            found.append(LevelStep(s, pass_, number, level, tiling, above, guided and level is not s.plan.finest))
-    if s.around is not None:
-        box, guide = s.around.window.box, s.around.guide if guided else None
-        return [replace(step, guide=guide, origin=(box.y0, box.x0)) for step in found]
+            above, guide = (found[-1], None) if found else (None, s.guide)
+            steers = guided and level is not s.plan.finest
+            step = LevelStep(s, pass_, number, level, tiling, above if guided else None, steers)
+            found.append(replace(step, guide=guide if guided else None, origin=origin))
     return found
 
 

@@ -98,7 +98,7 @@ def _same_model(folder: Path, job: Job) -> tuple[ZoomLDM, np.ndarray, dict[str, 
     pin_arithmetic(job.config.model.threads)
     model, grid = load_model(job.config), stored_grid(folder / STORED)
     keys = picture_keys(job.config, model, Conditions(grid, str(old.get("conditions"))))
-    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in job.plan.levels}
+    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in job.plan.sampled}
     check_keys(folder, old, plain(keys | levels))
     return model, grid, old
 

@@ -93,14 +93,16 @@ def gather_tiles(read: ReadRows, tiling: Tiling, tiles: tuple[int, ...]) -> np.n
 
 
 def in_bands(
-    chunks: Iterable[np.ndarray], height: int, band: int, halo: int
+    chunks: Iterable[np.ndarray], height: int, band: int, halo: int, start: int = 0
 ) -> Iterator[tuple[int, int, int, np.ndarray]]:
     """Regroup row chunks (C, n, w) into bands with up to `halo` rows around them.
 
-    Yields (top, y0, y1, rows): rows start at top = max(y0 − halo, 0) and reach min(y1 + halo, height).
+    Yields (top, y0, y1, rows): rows start at top = max(y0 − halo, 0) and reach min(y1 + halo, height). With `start`, a
+    multiple of the band, the chunks begin at the top of the band that begins there.
     """
     parts: list[np.ndarray] = []
-    top = y0 = reached = 0
+    top = reached = max(start - halo, 0)
+    y0 = start
     for chunk in chunks:
         parts.append(chunk)
         reached += chunk.shape[1]

@@ -137,10 +137,17 @@ class Plan:
     """Per level, the windows it is decoded in."""
     size_px: tuple[int, int]
     """(height, width) of the picture; what the last latent row and column show beyond it is cut off."""
+    given: bool = False
+    """Whether the coarsest level is a picture that a user gives: it steers, and is not sampled."""
 
     @property
     def finest(self) -> Level:
         return self.levels[-1]
+
+    @property
+    def sampled(self) -> tuple[Level, ...]:
+        """The levels that are sampled, coarse to fine."""
+        return self.levels[self.given :]
 
     @property
     def decode(self) -> Tiling:
@@ -217,13 +224,14 @@ def make_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[Level,
 def make_plan(config: RunConfig, scale: MagnificationScale) -> Plan:
     """Cut a run into levels, passes, tiles and batches."""
     levels = make_levels(config.canvas, scale)
-    s, r = config.sampling, config.refine
+    s, r, given = config.sampling, config.refine, config.guide is not None
     finest = levels[-1]
+    joint = [make_tiling(n.height, n.width, s.tile_stride, s.batch_size) for n in levels]
     passes = [
         Pass(
             "joint",
             steps(s.start, s.stride, s.last_step_clean),
-            tuple(make_tiling(n.height, n.width, s.tile_stride, s.batch_size) for n in levels),
+            (*(None for _ in levels[:given]), *joint[given:]),
             s.tile_weights,
             s.weight,
             guided=config.guidance.method != "none" and len(levels) > 1,
@@ -248,4 +256,4 @@ def make_plan(config: RunConfig, scale: MagnificationScale) -> Plan:
         )
     d = config.decode
     decodes = tuple(make_tiling(n.height, n.width, d.tile_stride, d.batch_size) for n in levels)
-    return Plan(levels, tuple(passes), decodes, (config.canvas.height, config.canvas.width))
+    return Plan(levels, tuple(passes), decodes, (config.canvas.height, config.canvas.width), given)

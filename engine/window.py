@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from engine.guidance import GuidePicture
 from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX
 from engine.strips import ReadRows
 from engine.tiles import Box, Level, Plan, Tiling, make_tiling, touching
@@ -77,8 +76,6 @@ class Surroundings:
     window: Window
     old: ReadRows
     """(y0, y1) → the old latents, float32 (3, y1−y0, w)."""
-    guide: GuidePicture | None
-    """What steers the window in guided steps."""
 
     def settle(self, y0: int, predicted: np.ndarray, old: np.ndarray | None = None) -> np.ndarray:
         """Mix rows from y0 on with the old ones (None: the old latents), (3, n, w): tiles outside predict what was."""

@@ -12,27 +12,29 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export", "engine.export_features"),
     *("engine.extract_features", "engine.phantom_slides", "engine.phantom_cohort", "engine.prepare"),
+    "engine.superres",
 )
 MIL_COMMANDS = ("mil.train", "mil.predict", "mil.compare", "mil.heatmap")
-CHOOSES_ACTORS = ("engine.extract_features", "engine.prepare", "mil.train")
+CHOOSES_ACTORS = ("engine.extract_features", "engine.prepare", "engine.superres", "mil.train")
 """Commands that run as modules; they may name `actors`, only inside functions."""
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
-    "interruption writers workers ray_address",
+    "interruption writers workers ray_address inversion_config devices consistency",
     "lock latents objects lease storage object_storage bag_plan",
     "bags prepared_facts",
     "bag_writer prepared prepared_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode window features summaries",
+    "predict pointwise guidance decode window features summaries inversion enlarged",
     "level_step",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
+    "outcome "
     "extraction extraction_config extraction_blocks extraction_encoders "
     "extraction_outputs extraction_report extraction_local slide_crew slide_run slide_report "
     "preparation preparation_config preparation_plan preparation_blocks preparation_encoders preparation_outputs "
     "preparation_report published_files",
-    "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort",
+    "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort superres",
 )
 MIL_FLOORS = (
     "errors metrics calibration page",
@@ -178,6 +180,7 @@ def test_layers() -> None:
         ("engine.tiles", "from engine import run", "lies above it"),
         ("engine.extract_features", "from actors.cluster import connect", "imports actors.cluster"),
         ("engine.extract_features", "def f():\n    import ray", "imports ray"),
+        ("engine.superres", "from actors.crew import work_on_ray", "imports actors.crew"),
         ("engine.extraction", "def f():\n    from actors.cluster import connect", "imports actors.cluster"),
         ("actors.pool", "import generate_large", "imports the command generate_large"),
         ("engine.helpers", "", "has no floor"),

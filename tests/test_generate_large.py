@@ -177,9 +177,7 @@ def test_metrics_hear_of_a_run_on_ray_up_to_its_scores(
     inputs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Replicas leave before the exports, Ray after the scores. Ray itself is not needed to see that order."""
-    import actors.cluster
-    import actors.metrics
-    import actors.pool
+    import actors.crew
 
     events: list[tuple[object, ...]] = []
 
@@ -210,9 +208,9 @@ def test_metrics_hear_of_a_run_on_ray_up_to_its_scores(
         def __getattr__(self, name: str) -> Callable[..., None]:
             return lambda *told: events.append((name, *told))
 
-    monkeypatch.setattr(actors.cluster, "connect", connect)
-    monkeypatch.setattr(actors.pool, "DenoiserPool", Pool)
-    monkeypatch.setattr(actors.metrics, "RunMetrics", Told)
+    monkeypatch.setattr(actors.crew, "connect", connect)
+    monkeypatch.setattr(actors.crew, "DenoiserPool", Pool)
+    monkeypatch.setattr(actors.crew, "RunMetrics", Told)
     folder = tmp_path / "run"
     assert generate_large.main([*inputs, "--ray.enabled=true", f"--output.folder={folder}"]) == 0
     report = json.loads((folder / "report.json").read_text())

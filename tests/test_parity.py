@@ -29,10 +29,7 @@ def test_the_published_implementations_are_met(name: str, capsys: pytest.Capture
         torch.set_num_threads(1)
     assert code == 0, [k for k, v in found.items() if not v["ok"]]
     wanted = {
-        key
-        for file in (SHARED / name).glob("expected*.safetensors")
-        for key in load_file(file)
-        if not is_input(key) and not key.startswith("inversion.")
+        key for file in (SHARED / name).glob("expected*.safetensors") for key in load_file(file) if not is_input(key)
     }
     assert set(found) == wanted
 

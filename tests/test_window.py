@@ -142,6 +142,7 @@ def sampled(
     h, w = window.box.size
     denoiser: DenoiseTiles = denoiser_of(plan, truth) if denoiser_of else PointwiseDenoiser()
     picture = np.full((3, 200, 200), 0.5, np.float32)
+    around = Surroundings(window, lambda y0, y1: np.full((3, y1 - y0, w), 2.0, np.float32))
     with Canvas.open(folder, {}, {"20x": (h, w)}) as canvas:
         s = Sampling(
             plan=plan,
@@ -153,11 +154,9 @@ def sampled(
             decode_sigma=0.5,
             noise=keyed_noise(0),
             watch=SilentWatch(),
-            around=Surroundings(
-                window,
-                lambda y0, y1: np.full((3, y1 - y0, w), 2.0, np.float32),
-                GuidePicture(picture, 16, (window.box.y0 % 4, window.box.x0 % 4)) if guide else None,
-            ),
+            guide=GuidePicture(picture, 16, (window.box.y0 % 4, window.box.x0 % 4)) if guide else None,
+            begin=lambda _: around.old,
+            around=around,
         )
         sample_large(s)
         return canvas.read("20x", 0, h), window
