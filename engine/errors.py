@@ -7,6 +7,8 @@ EngineError
 ├── DeviceMemoryError    a batch does not fit into the memory of its device
 ├── BagError             a feature bag is damaged, refused or cannot be named
 │   └── BagMismatchError      the bag or its unfinished blocks were made with other settings
+├── PreparedError        a prepared training set is damaged, incomplete or holds what no network returns
+│   └── PreparedMismatchError it was made by other networks or for other magnifications
 ├── ReplicaLostError     a batch failed on its replicas too often
 ├── SlideError           a slide cannot be used; carries a reason code for tables
 └── ClusterError         Ray or its resources are not as asked for
@@ -48,6 +50,14 @@ class BagError(EngineError):
 
 class BagMismatchError(BagError):
     """The bag on disk, or its unfinished blocks, were made with other settings."""
+
+
+class PreparedError(EngineError):
+    """A prepared training set is damaged, incomplete, empty where it must not be, or holds NaN."""
+
+
+class PreparedMismatchError(PreparedError):
+    """The prepared training set was made by another encoder or autoencoder, or for other magnifications."""
 
 
 class ReplicaLostError(EngineError):

@@ -21,8 +21,8 @@ FLOORS = (
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
     "interruption writers ray_address",
     "lock latents objects lease storage object_storage bag_plan",
-    "bags",
-    "bag_writer",
+    "bags prepared_facts",
+    "bag_writer prepared prepared_writer",
     "canvas canvas_view image exports report reference model slides",
     "predict pointwise guidance decode window features",
     "sampler",
