@@ -72,6 +72,23 @@ def take(argv: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
     return own, rest
 
 
+def peek(argv: Sequence[str], key: str, default: str, prog: str) -> str:
+    """Return what a command line or its config files say of one key, before the schema is known."""
+    try:
+        argv = [_located(t, p) for p, t in zip(["", *argv], argv, strict=False)]
+        found = default
+        for name in _config_files(argv):
+            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+            found = content.get(key, found) if isinstance(content, dict) else found
+    except UsageError as error:
+        _stop(prog, str(error))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        _stop(prog, f"--config must name a readable YAML file: {' '.join(str(error).split())}")
+    flag = f"--{key}"
+    after = [t for p, t in zip(argv, argv[1:], strict=False) if p == flag]
+    return str([found, *after, *(t.removeprefix(flag + "=") for t in argv if t.startswith(flag + "="))][-1])
+
+
 def _awaits_value(word: str) -> bool:
     return word.startswith("--") and "=" not in word
 

@@ -1,36 +1,92 @@
-"""Train a small ZoomLDM on phantoms: python -m engine.train --config configs/train_demo.yaml
+"""Train a ZoomLDM, its single-scale predecessor or the autoencoder on a prepared set; or the demo on phantoms.
 
-The same command continues a run that was killed. It only parses, calls and reports.
+    python -m engine.train --config configs/train_brca.yaml --data DATA --initial.vae FOLDER
+    python -m engine.train --config configs/train_brca.yaml --plan
+    python -m engine.train --config configs/train_brca.yaml --run RUN --export
+    python -m engine.train --config configs/train_demo.yaml
+
+`task` in the configuration says what is trained. The same command continues a run that was killed. This module may
+name `actors`, and only inside the function that is called when Ray is wanted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
-from engine.arguments import parse
+from engine.arguments import parse, parse_with_flags, peek
 from engine.errors import EngineError
+from engine.interruption import sigterm_as_exit
+from engine.lock import RunLock
+from engine.ray_address import announce_address
+from engine.training.cost import training_table
 from engine.training.run import train
 from engine.training.settings import TrainingConfig
+from engine.training.tasks import TASKS, TaskConfig, learn, write_model
 
 log = logging.getLogger("engine.train")
 
+PROG = "python -m engine.train"
+DESCRIPTION = (__doc__ or "").partition("\n")[0]
+C = TypeVar("C", TrainingConfig, TaskConfig)
+FLAGS = {
+    "plan": "print parameters, memory and FLOP of a step and the patches of the set, and stop",
+    "export": "write the model of the last checkpoint as `output` says, and stop",
+}
 
-def main() -> int:
-    config = parse(sys.argv[1:], TrainingConfig, "python -m engine.train", (__doc__ or "").partition("\n")[0])
-    run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    form = logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S")
-    for handler in (logging.StreamHandler(), logging.FileHandler(run / "log.txt")):
-        handler.setFormatter(form)
-        logging.getLogger("engine").addHandler(handler)
-    logging.getLogger("engine").setLevel(logging.INFO)
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit code."""
+    task = peek(argv, "task", "demo", PROG)
+    if task not in TASKS:
+        return _logged(parse(argv, TrainingConfig, PROG, DESCRIPTION), train)
+    config, flags = parse_with_flags(argv, TASKS[task], PROG, DESCRIPTION, FLAGS)
+    if "plan" in flags:
+        return _plan(config)
+    if "export" in flags:
+        return _logged(config, write_model)
+    return _logged(config, learn_on_ray if config.ray.enabled else learn)
+
+
+def _plan(config: TaskConfig) -> int:
     try:
-        train(config)
+        sys.stdout.write(training_table(config) + "\n")
     except EngineError as error:
-        log.error("%s", error)
+        sys.stderr.write(f"engine.train: {error}\n")
         return 1
     return 0
 
 
+def _logged(config: C, work: Callable[[C], None]) -> int:
+    """Do the work with a log on the terminal and in the run folder, which belongs to it; return the exit code."""
+    folder = Path(config.run)
+    form = logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S")
+    try:
+        with RunLock(folder, "run"):
+            for handler in (logging.StreamHandler(), logging.FileHandler(folder / "log.txt")):
+                handler.setFormatter(form)
+                logging.getLogger("engine").addHandler(handler)
+            logging.getLogger("engine").setLevel(logging.INFO)
+            with sigterm_as_exit():
+                work(config)
+    except EngineError as error:
+        log.error("%s", error)
+        return 1
+    except (KeyboardInterrupt, SystemExit) as stop:
+        log.warning("Interrupted. The last checkpoint is in %s; run the same command again to continue.", folder)
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    return 0
+
+
+def learn_on_ray(config: TaskConfig) -> None:
+    """Train on the workers of a Ray cluster, or of a private Ray."""
+    announce_address(config.ray.address)
+    from actors.training import train_on_ray  # Ray is imported only by runs that use it
+
+    train_on_ray(config)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -43,7 +43,7 @@ def write_ldm(folder: Path, weights: Weights, raw_unet: dict[str, Tensor], decay
 
 
 def ldm_state(weights: Weights, raw_unet: dict[str, Tensor], decay: float, updates: int) -> dict[str, Tensor]:
-    """Return every tensor under its published name, float32 and on the CPU, in the published order."""
+    """Return every tensor under its published name, float32 and on the CPU."""
     averaged = to_ldm_state_dict(weights)
     raw = to_ldm_state_dict(Weights(weights.config, weights.networks | {"unet": raw_unet}))
     tables = ldm_tables(weights.config, weights.networks)
@@ -199,7 +199,10 @@ def _conditioner(config: ModelConfig) -> dict[str, Any]:
             "output_channels": c.output_dim,
             "p_uncond": 0.1,
         }
-        return {"target": modules + "EmbeddingViT2_5", "params": params | ({} if c.heads == 8 else {"num_heads": c.heads})}
+        return {
+            "target": modules + "EmbeddingViT2_5",
+            "params": params | ({} if c.heads == 8 else {"num_heads": c.heads}),
+        }
     if c.region_dim:
         params = {"patch_embed_dim": config.ssl_dim, "region_embed_dim": c.region_dim, "normalize_ssl": c.normalize}
         return {"target": modules + "SSLEmbedder", "params": params}

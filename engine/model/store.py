@@ -126,11 +126,22 @@ def digest(weights: Weights) -> str:
     """
     total = hashlib.sha256(json.dumps(weights.config.to_json(), sort_keys=True).encode())
     for part, state in sorted((weights.networks | weights.extras).items()):
-        for name, tensor in sorted(state.items()):
-            wide = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous()
-            total.update(f"\n{part}/{name} {tuple(wide.shape)}\n".encode())
-            total.update(wide.view(-1).numpy().data)
+        _hash_tensors(total, part, state)
     return total.hexdigest()
+
+
+def network_digest(state: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 over one network's names, shapes and values, hashed as float32."""
+    total = hashlib.sha256()
+    _hash_tensors(total, "", state)
+    return total.hexdigest()
+
+
+def _hash_tensors(total: "hashlib._Hash", part: str, state: Mapping[str, Tensor]) -> None:
+    for name, tensor in sorted(state.items()):
+        wide = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous()
+        total.update(f"\n{part}/{name} {tuple(wide.shape)}\n".encode())
+        total.update(wide.view(-1).numpy().data)
 
 
 def _cast(tensor: Tensor, name: str, dtype: torch.dtype | None) -> Tensor:

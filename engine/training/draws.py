@@ -18,7 +18,7 @@ from engine.errors import PreparedError
 from engine.magnification import LATENT_CHANNELS, TILE_LATENT_PX
 from engine.prepared import PreparedSet
 from engine.training.joint_settings import JointSettings
-from engine.training.loop import step_rng
+from engine.training.loop import TrainingError, step_rng
 
 SAMPLES, NOISE = 10, 11
 """Stage numbers: they keep the random streams of draws and noise apart."""
@@ -65,18 +65,26 @@ class PatchSource:
         slide, y, x = self.data.place(self.levels[level], index)
         return f"{slide} {self.names[level]} patch {index} (cell {y}, {x})"
 
-    def weights(self, settings: JointSettings) -> np.ndarray:
-        """Return the chance of each magnification. Raises PreparedError for one that has a chance and no patches."""
-        given = settings.magnification_weights or (1.0,) * len(self.levels)
-        if len(given) != len(self.levels):
-            raise ValueError(f"train.magnification_weights must be {len(self.levels)} numbers; got {len(given)}.")
-        for level, weight in zip(self.levels, given, strict=True):
+    def weights(self, given: Sequence[float]) -> np.ndarray:
+        """Return the chance of each magnification, all alike if none is given.
+
+        Raises: PreparedError for one that has a chance and no patches; TrainingError for another number of weights.
+        """
+        weights = given or (1.0,) * len(self.levels)
+        if len(weights) != len(self.levels):
+            raise TrainingError(
+                f"train.magnification_weights must be {len(self.levels)} numbers, for {', '.join(self.names)}; got "
+                f"{len(weights)}."
+            )
+        for level, weight in zip(self.levels, weights, strict=True):
             if weight:
                 self.data.require_patches(level)
-        return np.array(given) / sum(given)
+        return np.array(weights) / sum(weights)
 
 
-def draw_samples(chances: np.ndarray, counts: Sequence[int], settings: JointSettings, key: tuple[int, int]) -> list[Sample]:
+def draw_samples(
+    chances: np.ndarray, counts: Sequence[int], settings: JointSettings, key: tuple[int, int]
+) -> list[Sample]:
     """Draw what a step trains on; key: (seed, step).
 
     Times are stratified (one per 1000/B wide stratum, shuffled): the loss depends on the time more than on anything
@@ -94,10 +102,10 @@ def draw_samples(chances: np.ndarray, counts: Sequence[int], settings: JointSett
 
 
 @dataclass(frozen=True)
-class Part:
+class DenoiserPart:
     """What one worker computes at once; B samples of a step."""
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     x0: Tensor
     noise: Tensor
     cells: list[Tensor]
@@ -115,14 +123,15 @@ class Part:
     def dropped(self) -> Tensor:
         return torch.tensor([s.dropped for s in self.samples])
 
-    def pinned(self) -> "Part":
+    def pinned(self) -> "DenoiserPart":
         """Return it in page-locked memory, from which copies to a GPU do not wait."""
-        return Part(self.samples, self.x0.pin_memory(), self.noise.pin_memory(), [c.pin_memory() for c in self.cells])
+        cells = [cell.pin_memory() for cell in self.cells]
+        return DenoiserPart(self.samples, self.x0.pin_memory(), self.noise.pin_memory(), cells)
 
 
 def read_part(
     source: PatchSource, samples: Sequence[Sample], key: tuple[int, int], prepare: Callable[[Tensor], Tensor]
-) -> Part:
+) -> DenoiserPart:
     """Read a share of a step; key: (seed, step). `prepare` is the conditioner's. Raises: PreparedError."""
     latents, cells, noise = [], [], []
     for sample in samples:
@@ -134,11 +143,11 @@ def read_part(
         latents.append(torch.from_numpy(latent))
         rng = np.random.default_rng(np.random.SeedSequence((key[0], NOISE, key[1], sample.number)))
         noise.append(torch.from_numpy(rng.standard_normal(latent.shape, dtype=np.float32)))
-    return Part(list(samples), torch.stack(latents), torch.stack(noise), cells)
+    return DenoiserPart(list(samples), torch.stack(latents), torch.stack(noise), cells)
 
 
 def ahead(load: Callable[[int], T], numbers: Iterable[int], threads: int) -> Iterator[T]:
-    """Yield load(n) in order, with `threads` loads begun early; 0 loads when asked. What a load raises comes in turn."""
+    """Yield load(n) in order, with `threads` of them at work ahead; 0 loads when asked. Errors come in turn."""
     if threads == 0:
         yield from map(load, numbers)
         return

@@ -53,9 +53,8 @@ class NetworkSettings:
     """What the U-Net predicts. The published code can only load epsilon."""
 
     def __post_init__(self) -> None:
-        single = self.conditioner == "token"
-        require(not single or len(self.magnifications) == 1,
-                "a token conditioner knows one magnification: model.magnifications must be one", self.magnifications)  # fmt: skip
+        rule = "a token conditioner knows one magnification: model.magnifications must be one"
+        require(self.conditioner != "token" or len(self.magnifications) == 1, rule, self.magnifications)
 
 
 @dataclass(frozen=True)
@@ -79,27 +78,40 @@ class InitialSettings:
 
 
 @dataclass(frozen=True)
-class JointSettings(OptimiserSettings):
-    """Denoiser and Summarizer together."""
+class AccumulatedSettings(OptimiserSettings):
+    """An optimiser whose steps are shared by workers and computed in parts."""
 
-    steps: int = 400_000
-    """Optimiser steps."""
     batch_size: int = 256
     """Patches per step, over all workers and parts together."""
     accumulate: int = 1
     """Parts a worker's share of a step is computed in, one after the other, to save memory."""
+    decay: Literal["cosine", "constant"] = "constant"
+    """After the warm-up: a cosine to 1 % at the last step, or the peak rate all the way (then steps may be raised)."""
+    magnification_weights: tuple[float, ...] = ()
+    """Chance of each magnification, base first, whatever the numbers of patches; empty = all alike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.accumulate >= 1, "train.accumulate must be at least 1", self.accumulate)
+        weights = self.magnification_weights
+        require(not weights or (min(weights) >= 0 and sum(weights) > 0),
+                "train.magnification_weights must be 0 or more, one of them positive", weights)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class JointSettings(AccumulatedSettings):
+    """Denoiser and Summarizer together."""
+
+    steps: int = 400_000
+    """Optimiser steps."""
     lr: float = 1e-4
     """Peak learning rate."""
     warmup: int = 10_000
     """Steps of linear warm-up."""
-    decay: Literal["cosine", "constant"] = "constant"
-    """After the warm-up: a cosine to 1 % at the last step, or the peak rate all the way (then steps may be raised)."""
     weight_decay: float = 0.01
     """AdamW's decoupled weight decay."""
     ema: float = 0.9999
     """Decay of the averaged weights, reached by the warm-up (1 + n) / (10 + n); 0 = no average."""
-    magnification_weights: tuple[float, ...] = ()
-    """Chance of each magnification of the model, base first, whatever the numbers of patches; empty = all alike."""
     drop_condition: float = 0.1
     """Probability that a sample is trained without its condition, as a whole."""
     coarse_weights: tuple[float, ...] = (0.0, 0.0)
@@ -109,10 +121,6 @@ class JointSettings(OptimiserSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.accumulate >= 1, "train.accumulate must be at least 1", self.accumulate)
-        weights = self.magnification_weights
-        require(not weights or (min(weights) >= 0 and sum(weights) > 0),
-                "train.magnification_weights must be 0 or more, one of them positive", weights)  # fmt: skip
         require(0 <= self.drop_condition <= 1, "train.drop_condition must lie in 0..1", self.drop_condition)
         require(len(self.coarse_weights) == 2, "train.coarse_weights must be two numbers", self.coarse_weights)
 

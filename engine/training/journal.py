@@ -42,6 +42,8 @@ class Journal:
     def start(self, step: int) -> None:
         """Drop what was logged after `step`, where the run goes on; begin to measure speed."""
         self._began = time.monotonic()
+        if self.group.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.group.rank == 0 and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]

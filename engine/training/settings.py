@@ -166,8 +166,10 @@ class PlaceSettings:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything the trainer reads; the resolved form is written into the run folder and training.json."""
+    """Everything the demo's trainer reads; the resolved form is written into the run folder and training.json."""
 
+    task: Literal["demo"] = "demo"
+    """What is trained."""
     run: str = "runs/train"
     """Folder of this run: rendered regions, checkpoints, log, pictures. The same folder continues."""
     out: str = "runs/train/model"
