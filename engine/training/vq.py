@@ -44,7 +44,7 @@ class AutoencoderNetworks(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is decoded of `(B, 3, s, s)`, and codebook plus commitment loss (scalar)."""
         latents = self.vae.quant_conv(self.vae.encoder(images))
-        with torch.autocast(images.device.type, enabled=False):
+        with torch.autocast("cpu" if images.is_meta else images.device.type, enabled=False):
             codes, commitment, _ = self.vae.quantize(latents.float())
         return self.vae.decoder(self.vae.post_quant_conv(codes)), commitment
 
