@@ -8,8 +8,8 @@ It does not know what is trained. Source: Ray 2.60, ray.train.torch.TorchTrainer
 import logging
 from pathlib import Path
 
-import ray
 import ray.train
+import torch.distributed as dist
 from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -35,7 +35,7 @@ def train_on_ray(config: TaskConfig) -> None:
                 _fit(config, workers, use_gpu)
                 return
             except TrainingFailedError as error:
-                _raise_engine_errors(error)
+                _raise_own_errors(error)
                 failures += 1
                 if failures > config.ray.max_failures:
                     raise ReplicaLostError(
@@ -85,21 +85,20 @@ def _work(job: dict[str, TaskConfig]) -> None:
     learn(job["config"], Group() if alone else ProcessGroup())
 
 
-def _raise_engine_errors(error: TrainingFailedError) -> None:
-    """Raise what a worker refused to do, if that was it rather than the loss of one."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
-    for failure in failures:
-        seen: BaseException | None = failure
-        while seen is not None:
-            if isinstance(seen, EngineError):
-                raise seen from None
-            seen = getattr(seen, "_base_exc", None) or seen.__cause__
-    if not any(_is_loss(failure) for failure in failures):
+def _raise_own_errors(error: TrainingFailedError) -> None:
+    """Raise what our code raised on a worker, unless it followed from the loss of another one."""
+    failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
+    raised = [getattr(failure, "_base_exc", None) for failure in failures]  # None: Ray's own word for a lost worker
+    for base in raised:
+        if isinstance(base, EngineError):
+            raise base from None
+    if not failures or not any(base is None or _is_silence(base) for base in raised):
         raise error
 
 
-def _is_loss(failure: BaseException) -> bool:
-    return isinstance(failure, ray.exceptions.RayError)
+def _is_silence(error: BaseException) -> bool:
+    """Say whether an error means that another worker does not answer; gloo raises bare RuntimeErrors."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _first_line(error: BaseException) -> str:

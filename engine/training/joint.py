@@ -38,6 +38,7 @@ def network_config(settings: NetworkSettings) -> ModelConfig:
     attention = (False,) + (True,) * (len(channels) - 1)
     unet = unet_arguments(channels, attention, heads=1, layers=settings.unet_layers, context=settings.context)
     vae = vae_arguments(settings.vae_channels, settings.vae_layers, settings.codes)
+    vae |= {} if settings.vae_attention else {"mid_block_add_attention": False}
     groups = {} if settings.groups == 32 else {"norm_num_groups": settings.groups}
     return ModelConfig(
         magnifications=settings.magnifications,

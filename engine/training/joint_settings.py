@@ -45,6 +45,8 @@ class NetworkSettings:
     """Autoencoder width per level; three levels make it f4."""
     vae_layers: int = 2
     """Residual blocks per level."""
+    vae_attention: bool = True
+    """Self-attention in its middle, as published; it ties every pixel of a decoded window to the window's border."""
     codes: int = 8192
     """Codes of width 3."""
     groups: int = 32

@@ -49,9 +49,11 @@ class Lesson(Protocol[P]):
     """What is learned. `stem` names the checkpoint; `sets` the classes that losses are told apart by (Journal)."""
 
     stem: str
-    networks: nn.Module
     sets: dict[str, Sequence[str]]
     keys: dict[str, Any]
+
+    @property
+    def networks(self) -> nn.Module: ...
 
     def draw(self, step: int) -> list[Sample]:
         """Return all samples of a step, a pure function of it."""
@@ -146,11 +148,11 @@ class Learning(Generic[P]):
         stream = self.parts(first)
         self.journal.start(first)
 
-        def loss_of(step: int, part: int) -> tuple[Tensor, dict[str, float]]:
+        def loss_of(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
             del step  # parts come in the order in which they are asked for
             loaded = next(stream)
             losses, classes = self.lesson.losses(call, loaded)
-            if part == 0:
+            if share == 0:
                 self._heard.clear()
             self._heard.append((loaded, losses.detach()))
             self.journal.add(losses, classes)

@@ -55,8 +55,8 @@ class WeightAverage:
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        current = dict(module.named_parameters())
-        torch._foreach_lerp_(list(self.values.values()), [current[name] for name in self.values], 1 - decay)
+        for name, parameter in module.named_parameters():
+            self.values[name].lerp_(parameter, 1 - decay)
 
     @torch.no_grad()
     def exchange(self, module: nn.Module) -> None:

@@ -77,7 +77,7 @@ class AutoencoderLesson:
         self.chances = self.source.weights(config.train.magnification_weights)
         self.model = build_model(config)
         self.model.extras.clear()  # fitted to the autoencoder that was
-        self.networks = AutoencoderNetworks(self.model.vae.to(self.device)).train()
+        self.networks = AutoencoderNetworks(self.model.to(self.device).vae).train()
         self.keys = keys_of(
             config.train, seed=config.seed, precision=config.precision, initial=asdict(config.initial),
             model=self.model.config.vae, data=data.digest,

@@ -2,21 +2,16 @@
 
 import os
 import signal
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
+from known_run import LEARN, tiny_config, write_autoencoder, write_data
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-
-from known_run import LEARN, tiny_config, write_autoencoder, write_data  # noqa: E402
-
-from engine.errors import PreparedMismatchError  # noqa: E402
-from engine.training import joint  # noqa: E402
-from engine.training.joint_settings import JointConfig, WorkerSettings  # noqa: E402
+from engine.errors import PreparedMismatchError
+from engine.training import joint
+from engine.training.joint_settings import JointConfig, WorkerSettings
 
 pytestmark = pytest.mark.ray
 
@@ -73,7 +68,6 @@ def kill_once(mark: Path):
     import ray.train
 
     def work(job: dict[str, JointConfig]) -> None:
-        from engine.training.draws import PatchSource
         from engine.training.gradients import ProcessGroup
         from engine.training.joint import DenoiserLesson
         from engine.training.tasks import learn
@@ -86,7 +80,6 @@ def kill_once(mark: Path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return draw(self, step)
 
-        assert PatchSource
         DenoiserLesson.draw = dying  # type: ignore[method-assign]
         learn(job["config"], ProcessGroup())
 
@@ -105,4 +98,3 @@ def test_what_a_worker_refuses_is_said_once(root: Path, monkeypatch: pytest.Monk
     with pytest.raises(PreparedMismatchError, match="encoder is 'demo'"):
         actors.training.train_on_ray(config)
     assert begun == [1]
-    assert psutil.Process().is_running()

@@ -53,8 +53,9 @@ def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(as_worker, (tmp_path, 2), nprocs=2)
     for rank in (0, 1):
         shared = torch.load(tmp_path / f"gradient{rank}.pt", weights_only=True)
-        for one, two in zip(alone, shared, strict=True):
-            assert float((one - two).norm()) <= 1e-5 * max(1e-3, float(one.norm())) + 1e-9
+        total = float(torch.cat([one.flatten() for one in alone]).norm())
+        for one, two in zip(alone, shared, strict=True):  # some are zero but for rounding, such as a key's bias
+            assert float((one - two).norm()) <= 1e-5 * max(float(one.norm()), 1e-2 * total)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert [sum(line["loss_at_samples"].values()) for line in lines] == [8, 8]
