@@ -12,7 +12,8 @@ Exit codes: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,22 +63,35 @@ def _plan(config: TaskConfig) -> int:
 def _logged(config: C, work: Callable[[C], None]) -> int:
     """Do the work with a log on the terminal and in the run folder, which belongs to it; return the exit code."""
     folder = Path(config.run)
-    form = logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S")
     try:
-        with RunLock(folder, "run"):
-            for handler in (logging.StreamHandler(), logging.FileHandler(folder / "log.txt")):
-                handler.setFormatter(form)
-                logging.getLogger("engine").addHandler(handler)
-            logging.getLogger("engine").setLevel(logging.INFO)
-            with sigterm_as_exit():
-                work(config)
+        with RunLock(folder, "run"), _log_in(folder), sigterm_as_exit():
+            work(config)
     except EngineError as error:
-        log.error("%s", error)
+        sys.stderr.write(f"engine.train: {error}\n")
         return 1
-    except (KeyboardInterrupt, SystemExit) as stop:
-        log.warning("Interrupted. The last checkpoint is in %s; run the same command again to continue.", folder)
+    except (KeyboardInterrupt, SystemExit) as stop:  # actors.cluster turns SIGTERM into SystemExit too
+        sys.stderr.write(f"Interrupted. The last checkpoint is in {folder}; run the same command again to continue.\n")
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     return 0
+
+
+@contextmanager
+def _log_in(folder: Path) -> Iterator[None]:
+    form, logger = logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S"), logging.getLogger("engine")
+    handlers = [logging.StreamHandler(), logging.FileHandler(folder / "log.txt")]
+    for handler in handlers:
+        handler.setFormatter(form)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except EngineError as error:
+        handlers[1].handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (error,), None))
+        raise
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
 
 
 def learn_on_ray(config: TaskConfig) -> None:
