@@ -8,8 +8,12 @@ import pytest
 import yaml
 from known_run import tiny_config, write_autoencoder, write_data
 
+from engine.arguments import parse_with_flags, peek
+from engine.model.networks import build_networks
 from engine.model.zoomldm import ZoomLDM
 from engine.train import main
+from engine.training.joint import network_config
+from engine.training.tasks import TASKS
 
 
 def plain(value: Any) -> Any:
@@ -67,3 +71,15 @@ def test_figures_reach_tensorboard(config: Path, tmp_path: Path) -> None:
     assert any(tag.startswith("loss_at_samples/") for tag in tags)
     assert any(tag.startswith("loss_t/") for tag in tags)
     assert [event.step for event in seen.Scalars("loss")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("brca", 439.6e6), ("naip", 439.6e6), ("panorama", 401.4e6), ("vq", 55.3e6)]
+)
+def test_the_configs_describe_the_published_sizes(name: str, trained: float) -> None:
+    argv = ["--config", f"configs/train_{name}.yaml"]
+    config, _ = parse_with_flags(argv, TASKS[peek(argv, "task", "demo", "test")], "test", "", {})
+    networks = build_networks(network_config(config.model), "meta")
+    learn = [networks.vae] if name == "vq" else [networks.unet, networks.conditioner]
+    assert sum(p.numel() for net in learn for p in net.parameters()) == pytest.approx(trained, rel=1e-3)
+    assert config.ray.enabled
