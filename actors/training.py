@@ -19,7 +19,7 @@ from engine.errors import ClusterError, EngineError, ReplicaLostError
 from engine.training.gradients import Group, ProcessGroup
 from engine.training.tasks import TaskConfig, learn
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("engine.actors.training")
 
 
 def train_on_ray(config: TaskConfig) -> None:
@@ -29,6 +29,7 @@ def train_on_ray(config: TaskConfig) -> None:
     """
     with connect(RayConfig(address=config.ray.address), num_cpus=_private_cpus(config)):
         workers, use_gpu = _workers(config)
+        log.info("training on %d workers; log.txt and log.jsonl in %s tell how it goes", workers, config.run)
         failures = 0
         while True:
             try:
@@ -81,8 +82,10 @@ def _fit(config: TaskConfig, workers: int, use_gpu: bool) -> None:
 def _work(job: dict[str, TaskConfig]) -> None:
     """Train as one worker of the group that Ray has set up."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
-    alone = ray.train.get_context().get_world_size() == 1
-    learn(job["config"], Group() if alone else ProcessGroup())
+    config, context = job["config"], ray.train.get_context()
+    if context.get_world_rank() == 0:  # the driver, which has the terminal, hears nothing of the workers
+        logging.getLogger("engine").addHandler(logging.FileHandler(Path(config.run) / "log.txt"))
+    learn(config, Group() if context.get_world_size() == 1 else ProcessGroup())
 
 
 def _raise_own_errors(error: TrainingFailedError) -> None:

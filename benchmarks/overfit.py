@@ -41,11 +41,11 @@ def config_of(folder: Path, steps: int, threads: int) -> JointConfig:
     networks = NetworkSettings(
         magnifications=("20x", "10x", "5x", "2.5x", "1.25x"), encoder="demo", ssl_dim=64, context=128,
         summarizer_width=128, summarizer_layers=2, summarizer_heads=4, summarizer_mlp=256,
-        unet_channels=(32, 64, 96, 128), unet_layers=1, vae_channels=(32, 32, 64), vae_layers=1, vae_attention=False,
+        unet_channels=(32, 64, 96), unet_layers=1, vae_channels=(32, 32, 64), vae_layers=1, vae_attention=False,
         codes=2048, groups=8, prediction_type="v_prediction",
     )  # fmt: skip
     train = JointSettings(
-        steps=steps, batch_size=8, lr=2e-3, warmup=20, decay="cosine", ema=0.98, weight_decay=0.0,
+        steps=steps, batch_size=8, lr=2e-3, warmup=10, decay="cosine", ema=0.98, weight_decay=0.0,
         magnification_weights=(1, 0, 0, 0, 0), coarse_weights=(1.0, 1.0),
     )  # fmt: skip
     return JointConfig(
@@ -74,7 +74,7 @@ def similarities(folder: Path, pictures: np.ndarray) -> np.ndarray:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/overfit"))
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=220)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     pictures = write_phantom_set(options.folder / "data", 2, 4)

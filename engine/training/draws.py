@@ -5,7 +5,7 @@ their shares of it, so neither their number nor a restart changes it. It does no
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -146,7 +146,7 @@ def read_part(
     return DenoiserPart(list(samples), torch.stack(latents), torch.stack(noise), cells)
 
 
-def ahead(load: Callable[[int], T], numbers: Iterable[int], threads: int) -> Iterator[T]:
+def ahead(load: Callable[[int], T], numbers: Iterable[int], threads: int) -> Generator[T, None, None]:
     """Yield load(n) in order, with `threads` of them at work ahead; 0 loads when asked. Errors come in turn."""
     if threads == 0:
         yield from map(load, numbers)

@@ -6,7 +6,8 @@ not know Ray nor command lines.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -131,7 +132,7 @@ class Learning(Generic[P]):
         loaded = self.lesson.read(mine[part :: self.train.accumulate], step)
         return loaded.pinned() if self.device.type == "cuda" else loaded  # type: ignore[return-value]
 
-    def parts(self, first_step: int) -> Iterator[P]:
+    def parts(self, first_step: int) -> Generator[P, None, None]:
         """Yield the parts that are left, read ahead."""
         count = self.train.accumulate
         return ahead(self.read, range(first_step * count, self.train.steps * count), self.config.loaders)
@@ -158,8 +159,8 @@ class Learning(Generic[P]):
             self.journal.add(losses, classes)
             return losses.mean(), {}
 
-        self.optimisation.run(loss_of)
-        self.journal.close()
+        with closing(stream), closing(self.journal):
+            self.optimisation.run(loss_of)
         if self.group.rank == 0:
             self.export()
 
