@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,7 @@ def test_a_lost_worker_costs_the_steps_since_the_checkpoint(root: Path, monkeypa
     actors.training.train_on_ray(config)
     assert (root / "killed").exists()
     assert len(begun) == 2
+    assert "continuing denoiser at step 2 of 4" in (root / "lost" / "log.txt").read_text()
     alone = tiny_config(root, "alone", replace(LEARN, steps=4))
     joint.train(alone)
     for name, value in state_of(alone).items():
@@ -64,7 +66,7 @@ def test_a_lost_worker_costs_the_steps_since_the_checkpoint(root: Path, monkeypa
 
 
 def kill_once(mark: Path):
-    """Return a worker's work in which rank 1 dies at step 3, the first time."""
+    """Return a worker's work in which rank 1 dies in the fourth step, the first time."""
     import ray.train
 
     def work(job: dict[str, JointConfig]) -> None:
@@ -72,15 +74,16 @@ def kill_once(mark: Path):
         from engine.training.joint import DenoiserLesson
         from engine.training.tasks import learn
 
-        draw, rank = DenoiserLesson.draw, ray.train.get_context().get_world_rank()
+        losses, rank, begun = DenoiserLesson.losses, ray.train.get_context().get_world_rank(), []
 
-        def dying(self: DenoiserLesson, step: int):
-            if step == 3 and rank == 1 and not mark.exists():
+        def dying(self: DenoiserLesson, *args: Any) -> Any:
+            begun.append(1)
+            if len(begun) == 4 and rank == 1 and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return draw(self, step)
+            return losses(self, *args)
 
-        DenoiserLesson.draw = dying  # type: ignore[method-assign]
+        DenoiserLesson.losses = dying  # type: ignore[method-assign]
         learn(job["config"], ProcessGroup())
 
     return work
