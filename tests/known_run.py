@@ -11,7 +11,7 @@ from engine.model.store import network_digest
 from engine.model.zoomldm import ZoomLDM
 from engine.prepared_facts import SetFacts
 from engine.prepared_writer import open_set
-from engine.training.joint import network_config
+from engine.training.joint import DenoiserLesson, network_config
 from engine.training.joint_settings import (
     InitialSettings,
     JointConfig,
@@ -20,6 +20,7 @@ from engine.training.joint_settings import (
     OutputSettings,
     WorkerSettings,
 )
+from engine.training.learning import ALONE, Learning
 
 NAMES = ("20x", "10x", "5x", "2.5x")
 NETWORKS = NetworkSettings(
@@ -57,3 +58,9 @@ def tiny_config(root: Path, run: str = "run", train: JointSettings = LEARN, **ch
         "output": OutputSettings(folder=str(root / run / "model")),
     }  # fmt: skip
     return JointConfig(**(values | changes))
+
+
+def learning(config: JointConfig) -> Learning:
+    """Return a training in this process, on one thread."""
+    torch.set_num_threads(1)
+    return Learning(config, DenoiserLesson(config), config.train, ALONE)
