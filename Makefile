@@ -55,5 +55,5 @@ clean:  ## remove the virtual environment and caches; runs/ stays
 	touch $@
 
 .venv/.installed-dev: .venv/.installed
-	$(BIN)/python -m pip install --constraint constraints.txt --group dev --editable '.[cluster,cloud]'
+	$(BIN)/python -m pip install --constraint constraints.txt --group dev --editable '.[cluster,cloud,train]'
 	touch $@

@@ -1,37 +1,108 @@
-"""Train a ZoomLDM, or the CDM of one: python -m engine.train --config configs/train_demo.yaml
+"""Train a ZoomLDM, its single-scale predecessor, the autoencoder or a CDM; or the demo on phantoms.
 
-The same command continues a run that was killed. It only parses, calls and reports.
+    python -m engine.train --config configs/train_brca.yaml --data DATA --initial.vae FOLDER
+    python -m engine.train --config configs/train_brca.yaml --plan
+    python -m engine.train --config configs/train_brca.yaml --run RUN --export
+    python -m engine.train --config configs/train_cdm.yaml
+    python -m engine.train --config configs/train_demo.yaml
+
+`task` in the configuration says what is trained. The same command continues a run that was killed. This module may
+name `actors`, and only inside the function that is called when Ray is wanted.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
 import logging
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from engine.arguments import parse, peek
+from engine.arguments import parse, parse_with_flags, peek
 from engine.errors import EngineError
-from engine.training.tasks import TASKS
+from engine.interruption import sigterm_as_exit
+from engine.lock import RunLock
+from engine.ray_address import announce_address
+from engine.training.cdm_settings import CDMTrainingConfig
+from engine.training.cost import training_table
+from engine.training.settings import TrainingConfig
+from engine.training.tasks import ALONE_TASKS, TASKS, TaskConfig, learn, write_model
 
 log = logging.getLogger("engine.train")
 
+PROG = "python -m engine.train"
+DESCRIPTION = (__doc__ or "").partition("\n")[0]
+C = TypeVar("C", TrainingConfig, CDMTrainingConfig, TaskConfig)
+FLAGS = {
+    "plan": "print parameters, memory and FLOP of a step and the patches of the set, and stop",
+    "export": "write the model of the last checkpoint as `output` says, and stop",
+}
 
-def main() -> int:
-    argv, prog = sys.argv[1:], "python -m engine.train"
-    task = TASKS[peek(argv, "task", list(TASKS), prog)]
-    config = parse(argv, task.schema, prog, (__doc__ or "").partition("\n")[0])
-    run = Path(config.run)
-    run.mkdir(parents=True, exist_ok=True)
-    form = logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S")
-    for handler in (logging.StreamHandler(), logging.FileHandler(run / "log.txt")):
-        handler.setFormatter(form)
-        logging.getLogger("engine").addHandler(handler)
-    logging.getLogger("engine").setLevel(logging.INFO)
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return the exit code."""
+    task = peek(argv, "task", (*ALONE_TASKS, *TASKS), PROG)
+    if task in ALONE_TASKS:
+        alone = ALONE_TASKS[task]
+        return _logged(parse(argv, alone.schema, PROG, DESCRIPTION), alone.train)
+    config, flags = parse_with_flags(argv, TASKS[task], PROG, DESCRIPTION, FLAGS)
+    if "plan" in flags:
+        return _plan(config)
+    if "export" in flags:
+        return _logged(config, write_model)
+    return _logged(config, learn_on_ray if config.ray.enabled else learn)
+
+
+def _plan(config: TaskConfig) -> int:
     try:
-        task.train(config)
+        sys.stdout.write(training_table(config) + "\n")
     except EngineError as error:
-        log.error("%s", error)
+        sys.stderr.write(f"engine.train: {error}\n")
         return 1
     return 0
 
 
+def _logged(config: C, work: Callable[[C], None]) -> int:
+    """Do the work with a log on the terminal and in the run folder, which belongs to it; return the exit code."""
+    folder = Path(config.run)
+    try:
+        with RunLock(folder, "run"), _log_in(folder), sigterm_as_exit():
+            work(config)
+    except EngineError as error:
+        sys.stderr.write(f"engine.train: {error}\n")
+        return 1
+    except (KeyboardInterrupt, SystemExit) as stop:  # actors.cluster turns SIGTERM into SystemExit too
+        sys.stderr.write(f"Interrupted. The last checkpoint is in {folder}; run the same command again to continue.\n")
+        return 130 if isinstance(stop, KeyboardInterrupt) else 143
+    return 0
+
+
+@contextmanager
+def _log_in(folder: Path) -> Iterator[None]:
+    form, logger = logging.Formatter("%(asctime)s %(name)s %(message)s", "%H:%M:%S"), logging.getLogger("engine")
+    handlers = [logging.StreamHandler(), logging.FileHandler(folder / "log.txt")]
+    for handler in handlers:
+        handler.setFormatter(form)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    except EngineError as error:
+        handlers[1].handle(log.makeRecord(log.name, logging.ERROR, __file__, 0, "%s", (error,), None))
+        raise
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+
+
+def learn_on_ray(config: TaskConfig) -> None:
+    """Train on the workers of a Ray cluster, or of a private Ray."""
+    announce_address(config.ray.address)
+    from actors.training import train_on_ray  # Ray is imported only by runs that use it
+
+    train_on_ray(config)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -15,7 +15,7 @@ COMMANDS = (
     "engine.superres",
 )
 MIL_COMMANDS = ("mil.train", "mil.predict", "mil.compare", "mil.heatmap")
-CHOOSES_ACTORS = ("engine.extract_features", "engine.prepare", "engine.superres", "mil.train")
+CHOOSES_ACTORS = ("engine.extract_features", "engine.prepare", "engine.superres", "engine.train", "mil.train")
 """Commands that run as modules; they may name `actors`, only inside functions."""
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.

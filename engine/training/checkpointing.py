@@ -5,7 +5,6 @@ It does not know what the tensors mean. Nothing is ever unpickled: torch.load ru
 """
 
 import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -15,21 +14,27 @@ import numpy as np
 import torch
 
 from engine.errors import CheckpointError
+from engine.state import replacing
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a sibling file, then rename it to `path`."""
+    """Let `write` fill a sibling file, then put it durably in `path`'s place.
+
+    Raises: CanvasError if the disk refuses (full, read-only); the file that was there then still stands.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        write(partial)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors, numbers and nested dicts or lists of them."""
-    write_atomically(path, lambda partial: torch.save(state, partial))
+    """Write tensors, numbers and nested dicts or lists of them. Raises: CanvasError if the disk refuses."""
+
+    def write(partial: Path) -> None:
+        with partial.open("wb") as file:  # given a path, torch.save would turn a full disk into a bare RuntimeError
+            torch.save(state, file)
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

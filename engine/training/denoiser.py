@@ -60,6 +60,33 @@ class DenoiserNetworks(nn.Module):
         super().__init__()
         self.unet, self.conditioner = model.unet, model.conditioner
 
+    def forward(
+        self, x_t: Tensor, times: Tensor, cells: list[Tensor], magnifications: list[int], dropped: Tensor
+    ) -> Tensor:
+        """Return what the U-Net says of `(B, 3, 64, 64)`; `cells` are prepared grids, dropped ones count as none."""
+        context = self.conditioner(cells, magnifications)
+        null = self.conditioner.null(len(cells)).to(context.dtype)
+        context = torch.where(dropped[:, None, None], null, context)
+        return self.unet(x_t, times, encoder_hidden_states=context, return_dict=False)[0]
+
+
+def wanted_output(prediction_type: str, shares: tuple[Tensor, Tensor], x0: Tensor, noise: Tensor) -> Tensor:
+    """Return what a U-Net of this prediction type should say: eps, or v = √ᾱ·eps − √(1−ᾱ)·x0 (Salimans & Ho 2022).
+
+    shares: √ᾱ and √(1−ᾱ), each `(B, 1, 1, 1)`.
+    """
+    a, b = shares
+    return noise if prediction_type == "epsilon" else a * noise - b * x0
+
+
+def squared_errors(error: Tensor, coarse_weights: tuple[float, ...]) -> Tensor:
+    """Return each sample's mean squared error `(B,)` plus the weighted ones of its means over 8×8 and 64×64 squares."""
+    total = error.square().mean(dim=(1, 2, 3))
+    for side, share in zip(_COARSE_LATENT_PX, coarse_weights, strict=True):
+        if share:
+            total = total + share * F.avg_pool2d(error, side).square().mean(dim=(1, 2, 3))
+    return total
+
 
 def cache_latents(
     model: ZoomLDM, regions: Regions, tiles: list[list[Tile]], folder: Path, device: str, bfloat16: bool
@@ -130,22 +157,18 @@ def denoiser_loss(
 ) -> tuple[Tensor, dict[str, float]]:
     """Return the weighted loss (scalar) and the plain eps error.
 
-    The network predicts v = √ᾱ·eps − √(1−ᾱ)·x0 (Salimans & Ho 2022). Predicting eps as the published models do, 28 000
-    samples taught it to denoise and to ignore its condition (measured here): at late times, where a condition decides
-    the layout, x0 is less than a percent of eps. Errors averaged over 8×8 and 64×64 latent px count extra: plain MSE
+    The network predicts v. Predicting eps as the published models do, 28 000 samples taught it to denoise and to
+    ignore its condition (measured here): at late times, where a condition decides the layout, x0 is less than a
+    percent of eps. Errors averaged over 8×8 and 64×64 latent px count extra: plain MSE
     gives a tile's mean colour 1/4096 of the weight. The minimiser, the conditional mean, stays what it is.
     """
     a, b = noise_shares(model, batch)
     x_t = noisy_latents(model, batch)
     with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bfloat16):
-        context = model.summarize(batch.grids, batch.magnifications)
-        null = model.null_context(len(batch.grids)).to(context.dtype)
-        context = torch.where(batch.dropped[:, None, None], null, context)
-        v = model.unet(x_t, batch.times, encoder_hidden_states=context, return_dict=False)[0]
-    error = v.float() - (a * batch.noise - b * batch.x0)
-    total = error.square().mean(dim=(1, 2, 3))
-    for side, share in zip(_COARSE_LATENT_PX, settings.coarse_weights, strict=True):
-        total = total + share * F.avg_pool2d(error, side).square().mean(dim=(1, 2, 3))
+        cells = [model.conditioner.prepare(grid) for grid in batch.grids]
+        v = DenoiserNetworks(model)(x_t, batch.times, cells, batch.magnifications, batch.dropped)
+    error = v.float() - wanted_output("v_prediction", (a, b), batch.x0, batch.noise)
+    total = squared_errors(error, settings.coarse_weights)
     return total.mean(), {"eps_mse": float((a * error).detach().square().mean())}
 
 

@@ -10,9 +10,9 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError
 from engine.training.checkpointing import load_checkpoint, save_checkpoint
+from engine.training.gradients import Gradients, LossOfStep, ThreadedShares, trained
 from engine.training.settings import OptimiserSettings
 
 log = logging.getLogger(__name__)
@@ -29,21 +30,17 @@ class TrainingError(EngineError):
     """Training cannot go on: losses that are not finite, or a checkpoint of another run."""
 
 
-class LossOfStep(Protocol):
-    """The loss of one share of one step; everything random in it is drawn from step and share."""
-
-    def __call__(self, step: int, share: int) -> tuple[Tensor, dict[str, float]]: ...
-
-
 def step_rng(seed: int, stage: int, step: int) -> np.random.Generator:
     """Return the random numbers of one step: a pure function of its arguments."""
     return np.random.default_rng(np.random.SeedSequence((seed, stage, step)))
 
 
 def learning_rate(settings: OptimiserSettings, step: int) -> float:
-    """Return the rate of a step: linear warm-up, then a cosine to 1 % of the peak at the last step."""
+    """Return the rate of a step: linear warm-up, then constant, or a cosine to 1 % of the peak at the last step."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
+    if settings.decay == "constant":
+        return settings.lr
     done = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     return settings.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
 
@@ -70,6 +67,24 @@ class WeightAverage:
             self.values[name].copy_(raw)
 
 
+@dataclass(frozen=True)
+class Conduct:
+    """How a run is done, apart from its loss; the default is one process that logs to log.jsonl."""
+
+    gradients: Gradients | None = None
+    """None: in threads, one share each."""
+    keys: dict[str, Any] = field(default_factory=dict)
+    """What decides the weights, as JSON values; a checkpoint with other ones is refused."""
+    record: Callable[["Optimisation", dict[str, float]], None] | None = None
+    """Takes the figures of every step's loss, rate and gradient norm; None writes every tenth to log.jsonl."""
+    describe: Callable[[int], str] | None = None
+    """Names what a step trains on, for the message about a loss that is not finite."""
+    writes: bool = True
+    """False for all workers of a group but one: they read checkpoints and write none."""
+    align: int = 1
+    """Checkpoints are written after multiples of so many steps only."""
+
+
 class Optimisation:
     """Run a loss for the steps that are not done yet.
 
@@ -77,104 +92,121 @@ class Optimisation:
     """
 
     def __init__(
-        self, module: nn.Module, settings: OptimiserSettings, path: Path, checkpoint_s: float, shares: int = 1
-    ) -> None:
+        self, module: nn.Module, settings: OptimiserSettings, path: Path, checkpoint_s: float, shares: int = 1,
+        conduct: Conduct | None = None,
+    ) -> None:  # fmt: skip
+        """Raises: TrainingError if the checkpoint in `path` belongs to a run with other keys."""
         self.module, self.settings, self.path = module, settings, path
         self.checkpoint_s, self.shares, self.log_every = checkpoint_s, shares, 10
-        trained = [p for p in module.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=settings.weight_decay)
+        self.conduct = conduct or Conduct()
+        self.gradients = self.conduct.gradients or ThreadedShares(module, shares)
+        self.record = self.conduct.record or Optimisation._write_log
+        self.optimiser = torch.optim.AdamW(trained(module), lr=settings.lr, weight_decay=settings.weight_decay)
         self.average = WeightAverage(module, settings.ema)
-        self.step, self.skipped, self.seconds = 0, 0, 0.0
+        self.step, self.skipped, self.overflows, self.seconds = 0, 0, 0, 0.0
         self._resume()
 
     def _resume(self) -> None:
         if not self.path.exists():
             return
         state = load_checkpoint(self.path)
+        check_keys(self.path, state.get("keys", {}), self.conduct.keys)
         self.module.load_state_dict(state["module"])
         self.optimiser.load_state_dict(state["optimiser"])
+        self.gradients.scaler.load_state_dict(state.get("scaler", {}))
         for name, value in self.average.values.items():
             value.copy_(state["average"][name])
         self.step, self.skipped, self.seconds = state["step"], state["skipped"], state["seconds"]
+        self.overflows = state.get("overflows", 0)
         log.info("continuing %s at step %d of %d", self.path.stem, self.step, self.settings.steps)
 
     def save(self) -> None:
+        """Write the checkpoint. Raises: CanvasError if the disk refuses; the earlier one then still stands."""
         save_checkpoint(
             self.path,
             {"module": self.module.state_dict(), "optimiser": self.optimiser.state_dict(),
              "average": self.average.values, "step": self.step, "skipped": self.skipped,
-             "seconds": self.seconds},
+             "overflows": self.overflows, "seconds": self.seconds, "scaler": self.gradients.scaler.state_dict(),
+             "keys": self.conduct.keys},
         )  # fmt: skip
 
     def run(self, loss_of: LossOfStep, on_checkpoint: Callable[["Optimisation"], None] | None = None) -> None:
-        """Do the steps that are left; `on_checkpoint` is called after every checkpoint."""
+        """Do the steps that are left; `on_checkpoint` is called after every checkpoint.
+
+        Raises: TrainingError when too many losses were not finite; CanvasError when the disk refuses a checkpoint.
+        """
         if self.step >= self.settings.steps:
             return
         saved = began = time.monotonic()
         while self.step < self.settings.steps:
-            loss, figures = self._gradients(loss_of)
-            self._update(loss)
+            loss, figures = self.gradients(loss_of, self.step)
+            norm = self._update(loss)
             self.step += 1
             now = time.monotonic()
             self.seconds += now - began
             began = now
-            if self.step % self.log_every == 0:
-                self._write_log({"loss": float(loss.detach()), **figures})
-            if now - saved >= self.checkpoint_s or self.step == self.settings.steps:
+            self.record(self, {"loss": float(loss.detach()), "gradient_norm": norm, **figures})
+            if not self.conduct.writes:
+                continue
+            due = now - saved >= self.checkpoint_s and self.step % self.conduct.align == 0
+            if due or self.step == self.settings.steps:
                 self.save()
                 if on_checkpoint is not None:
                     on_checkpoint(self)
                 saved = began = time.monotonic()
 
-    def _gradients(self, loss_of: LossOfStep) -> tuple[Tensor, dict[str, float]]:
-        """Leave the mean gradient of the shares in the parameters; return the mean loss and the first figures.
-
-        Shares run in threads of one core each: at this size two cores inside one operation gain 1.2, side by side 1.8.
-        They are added in order, so the sum does not depend on which finishes first.
-        """
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-
-        def share(number: int) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-            loss, figures = loss_of(self.step, number)
-            return loss.detach(), figures, torch.autograd.grad(loss, trained, allow_unused=True)
-
-        if self.shares == 1:
-            parts = [share(0)]
-        else:
-            with ThreadPoolExecutor(self.shares, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                parts = list(pool.map(share, range(self.shares)))
-        for number, parameter in enumerate(trained):
-            found = [part[2][number] for part in parts]
-            present = [g for g in found if g is not None]
-            parameter.grad = sum(present[1:], start=present[0]) / self.shares if present else None
-        return torch.stack([part[0] for part in parts]).mean(), parts[0][1]
-
-    def _update(self, loss: Tensor) -> None:
+    def _update(self, loss: Tensor) -> float:
+        """Take the step unless something is not finite; return the gradient's norm before clipping."""
+        scaler = self.gradients.scaler
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.settings, self.step)
-        if not torch.isfinite(loss):
-            self._skip()
-            return
+        scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self.settings.clip)
-        if not torch.isfinite(norm):
+        if bool(torch.isfinite(loss)) and bool(torch.isfinite(norm)):
+            scaler.step(self.optimiser)
+            self.average.update(self.module, self.step)
+        elif bool(torch.isfinite(loss)) and scaler.is_enabled() and scaler.get_scale() > 1:
+            self.overflows += 1  # the scale was too large for float16, which is how it is found; it halves
+        else:
             self._skip()
-            return
-        self.optimiser.step()
-        self.average.update(self.module, self.step)
+        scaler.update()
+        return float(norm)
 
     def _skip(self) -> None:
         self.skipped += 1
-        log.warning("step %d: loss or gradient is not finite; skipped", self.step)
+        batch = "" if self.conduct.describe is None else f" It trains on {self.conduct.describe(self.step)}."
+        log.warning("step %d: loss or gradient is not finite; skipped.%s", self.step, batch)
         if self.skipped > self.settings.max_skipped:
             raise TrainingError(
                 f"at most {self.settings.max_skipped} steps may have a loss or gradient that is not finite; got one "
-                f"more at step {self.step} of {self.path}. Lower lr, or set bfloat16: false."
+                f"more at step {self.step} of {self.path}.{batch} Lower lr, or compute in float32."
             )
 
     def _write_log(self, figures: dict[str, float]) -> None:
+        if self.step % self.log_every:
+            return
         line = {"stage": self.path.stem, "step": self.step, "seconds": round(self.seconds, 1),
                 "lr": learning_rate(self.settings, self.step - 1), **figures}  # fmt: skip
-        with (self.path.parent / "log.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path.parent / "log.jsonl", line)
         if self.step % (10 * self.log_every) == 0:
             log.info(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a JSON line to a log."""
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def check_keys(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Refuse to continue a run with other keys. Raises: TrainingError naming each, old and new."""
+
+    def show(keys: dict[str, Any], key: str) -> str:
+        return repr(keys[key])[:120] if key in keys else "absent"
+
+    differing = [f"{k} was {show(old, k)}, now {show(new, k)}" for k in sorted(old | new) if old.get(k) != new.get(k)]
+    if differing:
+        raise TrainingError(
+            f"{path} must belong to this run; it was trained otherwise: {'; '.join(differing)}. Use the old values to "
+            "continue it, or another run folder to begin anew."
+        )

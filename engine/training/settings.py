@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 
-def _require(ok: bool, rule: str, came: object) -> None:
+def require(ok: bool, rule: str, came: object) -> None:
     if not ok:
         raise ValueError(f"{rule}; got {came!r}.")
 
@@ -52,11 +52,11 @@ class DataSettings:
     """Training cells the SSL encoder is fitted on."""
 
     def __post_init__(self) -> None:
-        _require(self.train_regions >= 1, "data.train_regions must be at least 1", self.train_regions)
-        _require(self.heldout_regions >= 1, "data.heldout_regions must be at least 1", self.heldout_regions)
-        _require(self.region_cells >= 1, "data.region_cells must be at least 1", self.region_cells)
-        _require(min(self.train_tiles) >= 1, "data.train_tiles must be positive", self.train_tiles)
-        _require(self.heldout_tiles >= 1, "data.heldout_tiles must be at least 1", self.heldout_tiles)
+        require(self.train_regions >= 1, "data.train_regions must be at least 1", self.train_regions)
+        require(self.heldout_regions >= 1, "data.heldout_regions must be at least 1", self.heldout_regions)
+        require(self.region_cells >= 1, "data.region_cells must be at least 1", self.region_cells)
+        require(min(self.train_tiles) >= 1, "data.train_tiles must be positive", self.train_tiles)
+        require(self.heldout_tiles >= 1, "data.heldout_tiles must be at least 1", self.heldout_tiles)
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,8 @@ class OptimiserSettings:
     """Peak learning rate."""
     warmup: int = 50
     """Steps of linear warm-up."""
+    decay: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a cosine to 1 % at the last step, or the peak rate all the way (then steps may be raised)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     clip: float = 1.0
@@ -81,13 +83,13 @@ class OptimiserSettings:
     """Steps with a loss that is not finite, before the run gives up."""
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps must be at least 1", self.steps)
-        _require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
-        _require(self.lr > 0, "lr must be positive", self.lr)
-        _require(self.warmup >= 0, "warmup must be 0 or more", self.warmup)
-        _require(self.clip > 0, "clip must be positive", self.clip)
-        _require(0 <= self.ema < 1, "ema must lie in [0, 1)", self.ema)
-        _require(self.max_skipped >= 0, "max_skipped must be 0 or more", self.max_skipped)
+        require(self.steps >= 1, "steps must be at least 1", self.steps)
+        require(self.batch_size >= 1, "batch_size must be at least 1", self.batch_size)
+        require(self.lr > 0, "lr must be positive", self.lr)
+        require(self.warmup >= 0, "warmup must be 0 or more", self.warmup)
+        require(self.clip > 0, "clip must be positive", self.clip)
+        require(0 <= self.ema < 1, "ema must lie in [0, 1)", self.ema)
+        require(self.max_skipped >= 0, "max_skipped must be 0 or more", self.max_skipped)
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,11 @@ class AutoencoderSettings:
     """Weight of the error of the picture's first differences."""
 
     def __post_init__(self) -> None:
-        _require(self.crop_px % 32 == 0 and self.crop_px > 0,
+        require(self.crop_px % 32 == 0 and self.crop_px > 0,
                  "autoencoder.crop_px must be a multiple of 32", self.crop_px)  # fmt: skip
         for name, shares in (("plain_shares", self.plain_shares), ("quantised_shares", self.quantised_shares)):
-            _require(min(shares) >= 0 and sum(shares) > 0, f"autoencoder.{name} must be positive", shares)
-        _require(self.latent_noise >= 0, "autoencoder.latent_noise must be 0 or more", self.latent_noise)
+            require(min(shares) >= 0 and sum(shares) > 0, f"autoencoder.{name} must be positive", shares)
+        require(self.latent_noise >= 0, "autoencoder.latent_noise must be 0 or more", self.latent_noise)
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,10 @@ class DenoiserSettings(OptimiserSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(sum(self.magnification_weights) > 0 and min(self.magnification_weights) >= 0,
+        require(sum(self.magnification_weights) > 0 and min(self.magnification_weights) >= 0,
                  "train.magnification_weights must be positive", self.magnification_weights)  # fmt: skip
-        _require(0 <= self.drop_condition <= 1, "train.drop_condition must lie in 0..1", self.drop_condition)
-        _require(len(self.coarse_weights) == 2, "train.coarse_weights must be two numbers", self.coarse_weights)
+        require(0 <= self.drop_condition <= 1, "train.drop_condition must lie in 0..1", self.drop_condition)
+        require(len(self.coarse_weights) == 2, "train.coarse_weights must be two numbers", self.coarse_weights)
 
 
 @dataclass(frozen=True)
@@ -154,19 +156,19 @@ class PlaceSettings:
     """Step at which that weight has fallen to zero, linearly."""
 
     def __post_init__(self) -> None:
-        _require((self.token_steps > 0) == (self.path_steps > 0),
+        require((self.token_steps > 0) == (self.path_steps > 0),
                  "places.token_steps and places.path_steps must both be positive or both be 0",
                  (self.token_steps, self.path_steps))  # fmt: skip
-        _require(min(self.token_steps, self.look_up_steps) >= 0, "places: steps must be 0 or more", self.token_steps)
-        _require(self.batch_size >= 4, "places.batch_size must be at least 4", self.batch_size)
-        _require(self.look_up_weight >= 0, "places.look_up_weight must be 0 or more", self.look_up_weight)
+        require(min(self.token_steps, self.look_up_steps) >= 0, "places: steps must be 0 or more", self.token_steps)
+        require(self.batch_size >= 4, "places.batch_size must be at least 4", self.batch_size)
+        require(self.look_up_weight >= 0, "places.look_up_weight must be 0 or more", self.look_up_weight)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything the trainer reads; the resolved form is written into the run folder and training.json."""
+    """Everything the demo's trainer reads; the resolved form is written into the run folder and training.json."""
 
-    task: Literal["zoomldm"] = "zoomldm"
+    task: Literal["demo"] = "demo"
     """What is trained."""
     run: str = "runs/train"
     """Folder of this run: rendered regions, checkpoints, log, pictures. The same folder continues."""
@@ -208,9 +210,9 @@ class TrainingConfig:
             "train.magnification_weights": self.train.magnification_weights,
         }
         lengths = {name: len(values) for name, values in per_magnification.items()}
-        _require(len(set(lengths.values())) == 1, "one number per magnification is needed in each list", lengths)
-        _require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
-        _require(self.threads >= 1, "threads must be at least 1", self.threads)
-        _require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
-        _require(1 <= self.picture_stride <= 1000, "picture_stride must lie in 1..1000", self.picture_stride)
-        _require(self.picture_s >= 0, "picture_s must be 0 or more", self.picture_s)
+        require(len(set(lengths.values())) == 1, "one number per magnification is needed in each list", lengths)
+        require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
+        require(self.threads >= 1, "threads must be at least 1", self.threads)
+        require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
+        require(1 <= self.picture_stride <= 1000, "picture_stride must lie in 1..1000", self.picture_stride)
+        require(self.picture_s >= 0, "picture_s must be 0 or more", self.picture_s)

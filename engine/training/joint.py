@@ -1,0 +1,160 @@
+"""Denoiser and Summarizer together on a prepared set: what they learn, from which weights, and what is written.
+
+It does not know optimisers, Ray nor command lines.
+Source: ZoomLDM (CVPR 2025); Large-Image-Diffusion (CVPR 2024) for one token.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.errors import PreparedMismatchError
+from engine.magnification import LATENT_CHANNELS, TILE_LATENT_PX
+from engine.model.config import ConditionerConfig, ModelConfig, unet_arguments, vae_arguments
+from engine.model.ldm_export import ldm_config, write_ldm
+from engine.model.store import network_digest
+from engine.model.summarizer import GRID_SIDE
+from engine.model.zoomldm import ZoomLDM
+from engine.prepared import PreparedSet
+from engine.training.denoiser import DenoiserNetworks, squared_errors, wanted_output
+from engine.training.draws import DenoiserPart, PatchSource, Sample, draw_samples, read_part
+from engine.training.gradients import Group
+from engine.training.initial_parts import load_part
+from engine.training.joint_settings import JointConfig, LearningConfig, NetworkSettings
+from engine.training.journal import band_names, band_of
+from engine.training.learning import ALONE, DTYPES, Learning, begin, choose_device, keys_of, need_checkpoint
+from engine.training.loop import Optimisation
+
+STEM = "denoiser"
+
+
+def network_config(settings: NetworkSettings) -> ModelConfig:
+    """Return the model that a configuration describes."""
+    channels = settings.unet_channels
+    attention = (False,) + (True,) * (len(channels) - 1)
+    unet = unet_arguments(channels, attention, heads=1, layers=settings.unet_layers, context=settings.context)
+    vae = vae_arguments(settings.vae_channels, settings.vae_layers, settings.codes)
+    vae |= {} if settings.vae_attention else {"mid_block_add_attention": False}
+    groups = {} if settings.groups == 32 else {"norm_num_groups": settings.groups}
+    return ModelConfig(
+        magnifications=settings.magnifications,
+        base_mpp=settings.base_mpp,
+        ssl_dim=settings.ssl_dim,
+        encoder=settings.encoder,
+        conditioner=ConditionerConfig(
+            kind=settings.conditioner,
+            output_dim=settings.context,
+            width=settings.summarizer_width,
+            layers=settings.summarizer_layers,
+            heads=settings.summarizer_heads,
+            mlp=settings.summarizer_mlp,
+        ),
+        unet=unet | groups,
+        vae=vae | groups,
+        prediction_type=settings.prediction_type,
+    )
+
+
+def build_model(config: LearningConfig) -> ZoomLDM:
+    """Return the model with its initial weights, float32 on the CPU. Raises: CheckpointError."""
+    initial = config.initial
+    if initial.model is not None:
+        return ZoomLDM.from_pretrained(initial.model, initial.variant)
+    torch.manual_seed(config.seed)
+    model = ZoomLDM(network_config(config.model))
+    if initial.unet is not None:
+        load_part(model.unet, "unet", initial.unet, model.config)
+    if initial.vae is not None:
+        load_part(model.vae, "vae", initial.vae, model.config)
+    if initial.conditioner is not None:
+        load_part(model.conditioner, "conditioner", initial.conditioner, model.config)
+    return model
+
+
+def open_source(data: PreparedSet, model: ModelConfig) -> PatchSource:
+    """Return the set's patches for a model. Raises: PreparedMismatchError naming what it was prepared otherwise for."""
+    single = model.conditioner.kind == "token"
+    expected: dict[str, Any] = {
+        "encoder": model.encoder, "ssl_dim": model.ssl_dim, "base_mpp": model.base_mpp,
+        "scale_factor": model.scale_factor, "latent_shape": (LATENT_CHANNELS, TILE_LATENT_PX, TILE_LATENT_PX),
+    }  # fmt: skip
+    data.require(**(expected if single else expected | {"magnifications": model.magnifications}))
+    if single and model.magnifications[0] != data.magnifications[0]:
+        raise PreparedMismatchError(
+            f"a token conditioner takes one cell per patch, so it is trained at the set's base, "
+            f"{data.magnifications[0]}; model.magnifications is {model.magnifications[0]}."
+        )
+    return PatchSource(data, model.magnifications, side=1 if single else GRID_SIDE)
+
+
+class DenoiserLesson:
+    """U-Net and conditioner learn to denoise the set's latents; the autoencoder stays as it is."""
+
+    def __init__(self, config: JointConfig) -> None:
+        """Raises: PreparedError or CheckpointError for what does not fit together."""
+        self.config, self.stem, self.device = config, STEM, choose_device(config.device)
+        data = PreparedSet(config.data)
+        self.model = build_model(config)
+        self.source = open_source(data, self.model.config)
+        data.require(autoencoder_digest=network_digest(self.model.vae.state_dict()))
+        self.chances = self.source.weights(config.train.magnification_weights)
+        self.counts = [self.source.count(level) for level in range(len(self.chances))]
+        self.keys = keys_of(
+            config.train, seed=config.seed, precision=config.precision, initial=asdict(config.initial),
+            model=self.model.config.to_json(), data=data.digest,
+        )  # fmt: skip
+        self.sets: dict[str, Sequence[str]] = {"loss_at": self.source.names, "loss_t": band_names()}
+        self.model.requires_grad_(True).vae.requires_grad_(False)
+        self.networks = DenoiserNetworks(self.model.to(self.device)).train()
+        self.model.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.train.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        self.alpha_bar = self.model.alphas_cumprod.float().to(self.device)
+
+    def draw(self, step: int) -> list[Sample]:
+        return draw_samples(self.chances, self.counts, self.config.train, (self.config.seed, step))
+
+    def read(self, samples: Sequence[Sample], step: int) -> DenoiserPart:
+        return read_part(self.source, samples, (self.config.seed, step), self.networks.conditioner.prepare)
+
+    def losses(self, call: Callable[..., Any], part: DenoiserPart) -> tuple[Tensor, dict[str, list[int]]]:
+        x0, noise, times = (v.to(self.device, non_blocking=True) for v in (part.x0, part.noise, part.times))
+        alpha_bar = self.alpha_bar[times][:, None, None, None]
+        shares = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        x_t = (shares[0] * x0 + shares[1] * noise).contiguous(memory_format=torch.channels_last)
+        cells = [cell.to(self.device, non_blocking=True) for cell in part.cells]
+        dtype = DTYPES[self.config.precision]
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            output = call(x_t, times, cells, part.levels, part.dropped.to(self.device))
+        wanted = wanted_output(self.model.config.prediction_type, shares, x0, noise)
+        losses = squared_errors(output.float() - wanted, self.config.train.coarse_weights)
+        return losses, {"loss_at": part.levels, "loss_t": [band_of(sample.time) for sample in part.samples]}
+
+    def name(self, sample: Sample) -> str:
+        return f"{self.source.name(sample.level, sample.index)} at t={sample.time}"
+
+    def write(self, run: Optimisation) -> dict[str, Any]:
+        output = self.config.output
+        self.model.save_pretrained(output.folder, dtype=DTYPES[output.dtype])
+        if output.ldm is not None:
+            raw = {n.removeprefix("unet."): v for n, v in run.average.values.items() if n.startswith("unet.")}
+            write_ldm(Path(output.ldm), self.model.as_weights(), raw, self.config.train.ema, run.step)
+        return {"patches": dict(zip(self.source.names, self.counts, strict=True))}
+
+
+def train(config: JointConfig, group: Group = ALONE) -> None:
+    """Train, or continue, and write the model. Raises: EngineError."""
+    begin(config, group)
+    if config.output.ldm is not None and config.initial.model is None:
+        ldm_config(network_config(config.model))  # refused now rather than after weeks
+    Learning(config, DenoiserLesson(config), config.train, group).run()
+
+
+def export(config: JointConfig) -> None:
+    """Write the model of the last checkpoint. Raises: TrainingError if there is none."""
+    need_checkpoint(config, STEM)
+    Learning(config, DenoiserLesson(config), config.train, ALONE).export()

@@ -1,0 +1,85 @@
+"""The command: which task, which exit code, and the same run continued, exported and looked at."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from known_run import tiny_config, write_autoencoder, write_data
+
+from engine.arguments import parse_with_flags, peek
+from engine.model.networks import build_networks
+from engine.model.zoomldm import ZoomLDM
+from engine.train import main
+from engine.training.joint import network_config
+from engine.training.tasks import TASKS
+
+
+def plain(value: Any) -> Any:
+    """Return a value as YAML has it."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    write_data(tmp_path / "data", write_autoencoder(tmp_path / "vae"))
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(plain(asdict(tiny_config(tmp_path)))))
+    return path
+
+
+def test_train_continue_and_export(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--config", str(config)]
+    assert main([*argv, "--export"]) == 1
+    assert "must be there to export from" in capsys.readouterr().err
+    assert main([*argv, "--train.steps", "2"]) == 0
+    assert main([*argv, "--train.steps", "4"]) == 0
+    assert "continuing denoiser at step 2 of 4" in (tmp_path / "run" / "log.txt").read_text()
+    assert main([*argv, "--export", "--output.folder", str(tmp_path / "again")]) == 0
+    ZoomLDM.from_pretrained(tmp_path / "again")
+    assert main([*argv, "--seed", "1"]) == 1
+    assert "seed was 0, now 1" in capsys.readouterr().err
+    assert "seed was 0, now 1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_plan_counts_the_set(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", str(config), "--plan"]) == 0
+    said = capsys.readouterr().out
+    assert "2 slides, demo" in said
+    assert "4 patches = 1 worker(s) x 1 part(s) x 4" in said
+
+
+def test_an_unknown_key_is_wrong_usage(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--config", str(config), "--train.step", "3"])
+    assert stop.value.code == 2
+    assert "train.steps" in capsys.readouterr().err
+
+
+def test_figures_reach_tensorboard(config: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the package's extra 'train' brings TensorBoard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert main(["--config", str(config), "--tensorboard", "true"]) == 0
+    seen = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    tags = set(seen.Tags()["scalars"])
+    assert {"loss", "gradient_norm", "samples_per_s", "lr"} <= tags
+    assert any(tag.startswith("loss_at/") for tag in tags)
+    assert any(tag.startswith("loss_at_samples/") for tag in tags)
+    assert any(tag.startswith("loss_t/") for tag in tags)
+    assert [event.step for event in seen.Scalars("loss")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("name", "trained"), [("brca", 439.6e6), ("naip", 439.6e6), ("panorama", 401.4e6), ("vq", 55.3e6)]
+)
+def test_the_configs_describe_the_published_sizes(name: str, trained: float) -> None:
+    argv = ["--config", f"configs/train_{name}.yaml"]
+    config, _ = parse_with_flags(argv, TASKS[peek(argv, "task", "demo", "test")], "test", "", {})
+    networks = build_networks(network_config(config.model), "meta")
+    learn = [networks.vae] if name == "vq" else [networks.unet, networks.conditioner]
+    assert sum(p.numel() for net in learn for p in net.parameters()) == pytest.approx(trained, rel=1e-3)
+    assert config.ray.enabled

@@ -1,0 +1,56 @@
+"""The autoencoder learns to give pictures back, and what is written carries it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from known_run import NETWORKS, write_autoencoder, write_data
+
+from engine.errors import PreparedError
+from engine.model.zoomldm import ZoomLDM
+from engine.training import vq
+from engine.training.joint_settings import InitialSettings, OutputSettings, WorkerSettings
+from engine.training.vq import AutoencoderLesson
+from engine.training.vq_settings import VQConfig, VQSettings
+
+LEARN = VQSettings(steps=12, batch_size=4, lr=3e-3, warmup=2, ema=0.5, crop_px=32)
+
+
+def config_of(root: Path, images: bool = True) -> VQConfig:
+    write_data(root / "data", write_autoencoder(root / "vae"), images=images)
+    return VQConfig(
+        data=str(root / "data"), run=str(root / "run"), device="cpu", precision="float32", threads=1, loaders=0,
+        log_every=3, tensorboard=False, model=NETWORKS, initial=InitialSettings(vae=str(root / "vae")), train=LEARN,
+        ray=WorkerSettings(enabled=False), output=OutputSettings(folder=str(root / "model")),
+    )  # fmt: skip
+
+
+def test_the_loss_falls_and_the_autoencoder_is_written(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    vq.train(config)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.95 * losses[0]
+    written = ZoomLDM.from_pretrained(tmp_path / "model").vae.state_dict()
+    averages = torch.load(tmp_path / "run" / "autoencoder.pt", weights_only=True)["average"]
+    assert all(torch.equal(written[name.removeprefix("vae.")], value) for name, value in averages.items())
+    assert json.loads((tmp_path / "run" / "training.json").read_text())["psnr_db"].keys() == set(
+        NETWORKS.magnifications
+    )
+
+
+def test_codebook_encoder_and_decoder_all_learn(tmp_path: Path) -> None:
+    lesson = AutoencoderLesson(config_of(tmp_path))
+    part = lesson.read(lesson.draw(0), 0)
+    losses, _ = lesson.losses(lesson.networks, part)
+    losses.mean().backward()
+    idle = [name for name, p in lesson.networks.named_parameters() if p.grad is None or not p.grad.any()]
+    assert idle == []
+    again = lesson.read(lesson.draw(0), 0)
+    assert torch.equal(part.images, again.images)
+
+
+def test_a_set_without_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PreparedError, match="--keep_images"):
+        AutoencoderLesson(replace(config_of(tmp_path, images=False)))
