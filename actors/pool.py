@@ -112,9 +112,7 @@ class DenoiserPool:
             with loss_named():
                 self._advance()
             if time.monotonic() > until:
-                raise ClusterError(
-                    f"{count} replicas must be ready; {len(self.replicas)} are. {self._seat.shortage(node_resources())}"
-                )
+                raise ClusterError(f"{count} replicas must be ready; {len(self.replicas)} are. {self._seat.shortage()}")
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         """See DenoiseTiles. At most 2 · `in_flight` · replicas batches are read ahead.
@@ -253,9 +251,7 @@ class DenoiserPool:
         elif self._none_ready_since is None:
             self._none_ready_since = time.monotonic()
         elif time.monotonic() - self._none_ready_since > patience:
-            raise ClusterError(
-                f"No replica is ready within ray.start_timeout_s={patience:g}. {self._seat.shortage(node_resources())}"
-            )
+            raise ClusterError(f"No replica is ready within ray.start_timeout_s={patience:g}. {self._seat.shortage()}")
 
     def _lose(self, dead: Replica, guilty: Work, cause: str) -> None:
         """Replace a replica. Only its oldest batch may have been the reason; the others just go elsewhere."""

@@ -18,7 +18,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from actors.cluster import NodeResources
+from actors.cluster import NodeResources, node_resources
 from actors.denoiser import DenoiserActor, ReplicaInfo
 from actors.work import Work
 from engine.config import RayConfig
@@ -44,9 +44,9 @@ class Seat:
             return sum(int(node.gpus) * int(1 / self.num_gpus) for node in nodes)
         return sum(int(node.cpus // self.num_cpus) for node in nodes)
 
-    def shortage(self, nodes: list[NodeResources]) -> str:
+    def shortage(self) -> str:
         """Say what a replica takes and what the cluster has."""
-        has = "; ".join(map(str, nodes)) or "no node"
+        has = "; ".join(map(str, node_resources())) or "no node"
         return f"Each takes {self.num_cpus:g} CPU and {self.num_gpus:g} GPU; the cluster has {has}."
 
 

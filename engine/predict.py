@@ -91,6 +91,7 @@ class DecodedBatch:
 class DenoiseTiles(Protocol):
     """Evaluate batches somewhere; answers come in the order asked, lazily, with bounded read-ahead.
 
+    Several calls may be open at once; the batches of each may be taken whenever an answer of any is asked for.
     A source that is read ahead may give None: its next batch needs an answer that was not taken yet; ask again after
     the next one is.
     """

@@ -10,6 +10,7 @@ from diffusers import DDIMScheduler
 
 from engine.canvas import Canvas
 from engine.config import CanvasConfig, GuidanceConfig, RefineConfig, RunConfig, SamplingConfig
+from engine.errors import CanvasError
 from engine.guidance import make_canvas_guidance
 from engine.magnification import MagnificationScale
 from engine.model.colour import LinearColour
@@ -143,11 +144,11 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, model: ZoomLDM, method: st
 
 
 class ReadingAhead:
-    """A denoiser that takes batches before it answers, as a pool of replicas does; notes what was in hand together."""
+    """A denoiser that takes batches before it answers, as a pool does; notes what it had in hand at each answer."""
 
     def __init__(self, inner: DenoiseTiles, window: int) -> None:
         self.inner, self.window = inner, window
-        self.together: set[tuple[str, ...]] = set()
+        self.seen: list[tuple[str, ...]] = []
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         source, held, more = iter(batches), [], True
@@ -161,8 +162,8 @@ class ReadingAhead:
                 if batch is None:
                     break
                 held.append(batch)
-            self.together.add(tuple(b.key.rpartition("/")[0] for b in held))
             if held:
+                self.seen.append(tuple(b.key.rpartition("/")[0] for b in held))
                 yield from self.inner.denoise([held.pop(0)])
 
     def decode(self, batches):
@@ -174,7 +175,7 @@ def test_reading_ahead_changes_no_byte(tmp_path: Path, model: ZoomLDM, method: s
     whole = sample(tmp_path / "whole", config(method), LocalDenoiser(model))
     ahead = ReadingAhead(LocalDenoiser(model), 3)
     assert np.array_equal(sample(tmp_path / "ahead", config(method), ahead), whole)
-    assert any(len(set(keys)) > 1 for keys in ahead.together)  # batches of two levels or steps side by side
+    assert any(len(set(keys)) > 1 for keys in ahead.seen)  # batches of two levels or steps side by side
 
 
 def test_the_next_step_begins_before_the_last_tiles_are_in(tmp_path: Path) -> None:
@@ -186,7 +187,47 @@ def test_the_next_step_begins_before_the_last_tiles_are_in(tmp_path: Path) -> No
     ahead = ReadingAhead(PointwiseDenoiser(), 10)
     whole = sample(tmp_path / "whole", tall, PointwiseDenoiser())
     assert np.array_equal(sample(tmp_path / "ahead", tall, ahead), whole)
-    assert any({"joint/t=1000/20x", "joint/t=500/20x"} <= set(keys) for keys in ahead.together)
+    assert any({"joint/t=1000/20x", "joint/t=500/20x"} <= set(keys) for keys in ahead.seen)
+
+
+def test_a_level_is_one_step_ahead_of_the_next_finer_one(tmp_path: Path) -> None:
+    """So that the picture that steers is decoded while the finer level is at work."""
+    c = RunConfig(canvas=CanvasConfig(300, 500), sampling=SamplingConfig(stride=250))
+    ahead = ReadingAhead(PointwiseDenoiser(), 1)
+    sample(tmp_path / "run", c, ahead)
+    assert list(dict.fromkeys(keys[0] for keys in ahead.seen)) == [
+        "joint/t=1000/10x",
+        *("joint/t=750/10x", "joint/t=1000/20x"),
+        *("joint/t=500/10x", "joint/t=750/20x"),
+        *("joint/t=250/10x", "joint/t=500/20x"),
+        "joint/t=250/20x",
+    ]
+
+
+@pytest.mark.parametrize("at", [1, 6, 11])
+def test_a_disk_that_refuses_a_band_stops_the_run_with_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Bands are written in threads; what is committed stays whole, and the run goes on to the same bytes."""
+    tall = RunConfig(
+        canvas=CanvasConfig(4096, 256, ("20x",)),
+        sampling=SamplingConfig(stride=500, tile_stride=64, batch_size=1),
+        guidance=GuidanceConfig("none"),
+    )
+    whole = sample(tmp_path / "whole", tall, PointwiseDenoiser())
+    write, calls = Canvas.write, []
+
+    def refusing(self: Canvas, level: str, y0: int, rows: np.ndarray) -> None:
+        calls.append(y0)
+        if len(calls) == at:
+            raise CanvasError("the disk is full")
+        write(self, level, y0, rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Canvas, "write", refusing)
+        with pytest.raises(CanvasError, match="the disk is full"):
+            sample(tmp_path / "cut", tall, PointwiseDenoiser())
+    assert np.array_equal(sample(tmp_path / "cut", tall, PointwiseDenoiser()), whole)
 
 
 @pytest.mark.parametrize(("a", "b"), [("none", "linear"), ("none", "newton")])

@@ -80,20 +80,18 @@ def test_a_picture_is_decoded_beside_the_tiles() -> None:
     """Windows asked for while tiles are under way go out at once, and the tiles go on while they are waited for."""
     r = replicas([0.2] * 4)
     zeros = np.zeros((1, 3, 2, 2), np.float32)
-    tiles = r.denoise(batches(16))
+    tiles = r.denoise(batches(23))
     next(tiles)
     windows = r.decode(iter([DecodeBatch("guide/0", (0,), zeros)]))
     assert [w.key for w in windows] == ["guide/0"]
-    assert r.now == pytest.approx(0.6)  # queued behind two batches
-    assert len(list(tiles)) == 15
-    assert r.now == pytest.approx(17 * 0.2 / 4 + 0.15)  # all four were busy to the end
+    assert r.now == pytest.approx(0.8)  # there was room at 0.4, behind one batch
+    assert len(list(tiles)) == 22
+    assert r.now == pytest.approx(24 * 0.2 / 4)  # all four were busy to the end
 
 
 def test_time_never_runs_back_and_answers_come_after_their_compute() -> None:
     r = replicas([0.3, 0.1, 0.2], call_s=0.01, tick=0.001)
-    seen = []
-    for _ in r.denoise(batches(20)):
-        seen.append(r.tick())
+    seen = [r.tick() for _ in r.denoise(batches(20))]
     assert seen == sorted(seen)
     assert seen[0] >= 0.1
     rate = 1 / 0.3 + 1 / 0.1 + 1 / 0.2

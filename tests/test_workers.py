@@ -32,11 +32,10 @@ def test_an_error_reaches_the_caller_as_it_is(how: str) -> None:
     def fails() -> None:
         raise ConnectionError("the disk went away")
 
-    with pytest.raises(ConnectionError, match="the disk went away"), Workers(threads=1, limit=1) as workers:
+    with Workers(threads=1, limit=1) as workers:
         workers.do(fails)
-        if how == "do":
-            workers.do(lambda: None)
-        workers.wait()
+        with pytest.raises(ConnectionError, match="the disk went away"):
+            workers.do(lambda: None) if how == "do" else workers.wait()
 
 
 def test_leaving_waits_for_what_is_at_work_and_drops_the_rest() -> None:
@@ -46,11 +45,17 @@ def test_leaving_waits_for_what_is_at_work_and_drops_the_rest() -> None:
         gate.wait(10)
         done.append(number)
 
-    with pytest.raises(KeyboardInterrupt), Workers(threads=1, limit=3) as workers:
-        for number in range(3):
-            workers.do(lambda n=number: work(n))
+    begun = threading.Event()
+
+    def first() -> None:
+        begun.set()
+        work(0)
+
+    with Workers(threads=1, limit=3) as workers:
+        workers.do(first)
+        workers.do(lambda: work(1))
+        begun.wait(10)
         threading.Timer(0.05, gate.set).start()
-        raise KeyboardInterrupt
     assert done == [0]
 
 
