@@ -63,7 +63,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         weight_decay: float = 1e-4,
         clip: float = 5.0,
         class_weight: Literal["balanced", "none"] = "balanced",
-        standardize: bool = True,
+        scaling: Literal["standardize", "whiten", "none"] = "standardize",
         precision: Precision = "float32",
         deterministic: bool = True,
         validation: float = 0.2,
@@ -74,7 +74,8 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         self.hidden, self.attention, self.dropout = hidden, attention, dropout
         self.epochs, self.patience, self.batch_size, self.instances = epochs, patience, batch_size, instances
         self.lr, self.weight_decay, self.clip, self.class_weight = lr, weight_decay, clip, class_weight
-        self.standardize, self.deterministic = standardize, deterministic
+        self.deterministic = deterministic
+        self.scaling: Literal["standardize", "whiten", "none"] = scaling
         self.precision: Precision = precision
         self.validation, self.device, self.seed = validation, device, seed
 
@@ -97,7 +98,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         settings = self._settings(TrainingConfig)
         with reproducible(self.seed, self.deterministic):
             self.model_ = build_model(self._model_config(train.bags))
-            if self.standardize:
+            if self.scaling != "none":
                 fit_scale(self.model_, train.bags, self.seed)
             self.history_ = BagTraining(self.model_, settings, train, self.seed, device).run(validation, watch)
             _, logit, labels = validation.by_group(self._judge(validation.bags))
@@ -148,7 +149,8 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         widths = self.widths or bags[0].widths
         if sum(widths) != sum(bags[0].widths):
             raise CohortError(f"widths must add up to {sum(bags[0].widths)}, the bags' width; got {widths}.")
-        return ModelConfig(self.model, tuple(widths), self.hidden, self.attention, self.dropout)
+        whiten = self.scaling == "whiten"
+        return ModelConfig(self.model, tuple(widths), self.hidden, self.attention, self.dropout, whiten)
 
     def _part(self, bags: Sequence[Any], y: Values, groups: Values | None) -> Part:
         found, labels = as_bags(bags), np.asarray(y)

@@ -18,7 +18,7 @@ from mil.errors import CohortError, RunError
 from mil.featurefiles import FeatureFile
 from mil.models import ModelConfig, build_model
 
-VERSION = 1
+VERSION = 2
 """Raise it when fold.json changes its meaning."""
 
 

@@ -47,8 +47,9 @@ class TrainingConfig:
     """Largest gradient norm."""
     class_weight: Literal["balanced", "none"] = "balanced"
     """balanced weighs the two classes alike."""
-    standardize: bool = True
-    """Standardise features by the mean and deviation of the training bags."""
+    scaling: Literal["standardize", "whiten", "none"] = "standardize"
+    """standardize: by the mean and deviation of the training bags. whiten: decorrelate the features of each scale as
+    well, so that faint directions count as much as strong ones; costs a D x D product per tile."""
     precision: Precision = "float32"
     """Arithmetic of the network's products; bfloat16 and float16 are mixed precision."""
     deterministic: bool = True
@@ -108,16 +109,24 @@ def reproducible(seed: int, deterministic: bool) -> Iterator[None]:
 
 
 def fit_scale(model: BagModel, bags: Sequence[Bag], seed: int) -> None:
-    """Give the model the mean and deviation of the training bags' features; each bag counts the same."""
+    """Give the model the mean and (co)variance of the training bags' features; each bag counts the same."""
+    widths = model.config.widths if model.config.whiten else ()
+    ends = np.cumsum(widths)
     total = square = np.zeros(model.config.width)
+    products = [np.zeros((width, width)) for width in widths]
     for number, bag in enumerate(bags):
         array = bag.read()
         rows = sample_rows(len(array), SCALE_INSTANCES, seed, 0, number)
         part = np.asarray(array if rows is None else array[rows], dtype=np.float64)
         total, square = total + part.mean(axis=0), square + (part**2).mean(axis=0)
+        for product, end, width in zip(products, ends, widths, strict=True):
+            own = part[:, end - width : end]
+            product += own.T @ own / len(own)
     mean = total / len(bags)
     deviation = np.sqrt(np.maximum(square / len(bags) - mean**2, 0))
-    model.features.fit(torch.from_numpy(mean), torch.from_numpy(deviation))
+    means = [mean[end - width : end] for end, width in zip(ends, widths, strict=True)]
+    covariances = [p / len(bags) - np.outer(m, m) for p, m in zip(products, means, strict=True)]
+    model.features.fit(torch.from_numpy(mean), torch.from_numpy(deviation), [torch.from_numpy(c) for c in covariances])
 
 
 def judge(model: BagModel, bags: Sequence[Bag], device: torch.device, precision: Precision = "float32") -> NDArray:

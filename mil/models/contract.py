@@ -6,6 +6,7 @@ of instances does not matter. Models know no files, labels beyond 0 and 1, or op
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,6 +16,9 @@ from torch.nn import functional as F
 
 MASKED = -1e30
 """Score of padding: exp of it is 0 beside any real score, and a chunk of nothing but padding stays finite."""
+
+WHITENING_DAMPING = 1e-2
+"""Variance of a standardised direction below which whitening no longer makes it count as much as the others."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class ModelConfig:
     """Width of the attention's hidden layer."""
     dropout: float = 0.25
     """Share of embedded values dropped in training."""
+    whiten: bool = False
+    """Features are decorrelated, scale by scale, before anything else."""
 
     @property
     def width(self) -> int:
@@ -48,23 +54,39 @@ class ModelConfig:
 
 
 class FeatureScale(nn.Module):
-    """Standardise each feature by the training bags' mean and deviation; a constant feature becomes 0."""
+    """Standardise each feature by the training bags' mean and deviation; a constant feature becomes 0.
+
+    Whitening then decorrelates the features of a scale: each direction counts alike, damped for those of hardly any
+    variance. It is the symmetric root (ZCA), which is unique, so a feature stays near itself.
+    """
 
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, widths: tuple[int, ...], whiten: bool) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
+        self.widths, self.whiten = widths, whiten
+        self.register_buffer("mean", torch.zeros(sum(widths)))
+        self.register_buffer("scale", torch.ones(sum(widths)))
+        for number, width in enumerate(widths if whiten else ()):
+            self.register_buffer(f"whitener_{number}", torch.eye(width))
 
-    def fit(self, mean: Tensor, deviation: Tensor) -> None:
-        """Take the figures of the training bags, (D,) each."""
+    def fit(self, mean: Tensor, deviation: Tensor, covariances: Sequence[Tensor] = ()) -> None:
+        """Take the figures of the training bags: (D,) each, and to whiten, one (D, D) per scale, in float64."""
+        scale = torch.where(deviation > 1e-6 * mean.abs() + 1e-12, 1 / deviation.clamp_min(1e-30), 0.0)
         self.mean.copy_(mean)
-        self.scale.copy_(torch.where(deviation > 1e-6 * mean.abs() + 1e-12, 1 / deviation.clamp_min(1e-30), 0.0))
+        self.scale.copy_(scale)
+        for number, (covariance, own) in enumerate(zip(covariances, scale.split(self.widths), strict=self.whiten)):
+            values, axes = torch.linalg.eigh(covariance * own[:, None] * own)
+            root = (axes / (values.clamp_min(0) + WHITENING_DAMPING).sqrt()) @ axes.T
+            self.get_buffer(f"whitener_{number}").copy_(root)
 
     def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) * self.scale
+        x = (x - self.mean) * self.scale
+        if not self.whiten:
+            return x
+        parts = x.split(self.widths, dim=-1)
+        return torch.cat([part @ self.get_buffer(f"whitener_{i}") for i, part in enumerate(parts)], dim=-1)
 
 
 class BagModel(nn.Module, ABC):
@@ -75,7 +97,7 @@ class BagModel(nn.Module, ABC):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.features = FeatureScale(config.width)
+        self.features = FeatureScale(config.widths, config.whiten)
 
     @abstractmethod
     def forward(self, x: Tensor, mask: Tensor) -> BagOutput:

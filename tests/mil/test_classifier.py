@@ -52,6 +52,24 @@ def test_fusion_beats_each_scale() -> None:
     assert max(areas["fine"], areas["coarse"]) < 0.94
 
 
+def test_whitening_finds_a_faint_direction() -> None:
+    """The label is in the difference of two features that are otherwise nearly the same."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 2
+    bags = []
+    for label in labels:
+        shared, own = rng.normal(size=(2, 30, 6)).astype(np.float32)
+        shared += rng.normal(size=6)  # a bag has a level of its own
+        own[:, 0] += 1.5 * label
+        bags.append(np.concatenate([shared, shared + 0.2 * own], axis=1))
+    areas = {}
+    for scaling in ("standardize", "whiten"):
+        model = MILClassifier(**SMALL, epochs=6, scaling=scaling).fit(bags[:80], labels[:80])
+        areas[scaling] = roc_auc_score(labels[80:], model.decision_function(bags[80:]))
+    assert areas["whiten"] > 0.95
+    assert areas["standardize"] < 0.8
+
+
 def test_shuffled_labels_teach_nothing(known: KnownBags) -> None:
     labels = np.random.default_rng(2).permutation(known.labels)
     logits = np.zeros(len(labels))
@@ -137,7 +155,7 @@ def test_the_rate_ends_low(fitted: MILClassifier) -> None:
 def test_a_diverging_run_is_an_error(known: KnownBags) -> None:
     bags = [b * np.float32(1e30) for b in known.bags[:16]]
     with pytest.raises(TrainingError, match=r"training\.lr"):
-        MILClassifier(**{**SMALL, "lr": 1e30}, standardize=False, epochs=3).fit(bags, known.labels[:16])
+        MILClassifier(**{**SMALL, "lr": 1e30}, scaling="none", epochs=3).fit(bags, known.labels[:16])
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,15 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mil.dataset import as_bags
 from mil.models import MODELS, BagModel, ModelConfig, build_model, pooling
 from mil.models.transmil import pseudo_inverse
+from mil.training import fit_scale
 
 WIDTHS = (6, 4)
 
@@ -75,6 +78,20 @@ def test_gradient_reaches_every_parameter(model: BagModel) -> None:
     model.loss(x, full(x), torch.tensor([1.0, 0.0]), torch.ones(2)).backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().max() > 0]
     assert dead == []
+
+
+def test_whitened_features_are_uncorrelated_within_a_scale() -> None:
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(sum(WIDTHS), sum(WIDTHS)))
+    bags = as_bags([(rng.normal(size=(60, sum(WIDTHS))) @ mixing).astype(np.float32) for _ in range(40)])
+    model = build_model(ModelConfig("abmil", WIDTHS, hidden=4, attention=2, whiten=True))
+    fit_scale(model, bags, seed=0)
+    out = model.features(torch.from_numpy(np.concatenate([bag.read() for bag in bags])))
+    np.testing.assert_allclose(out.mean(dim=0), 0, atol=1e-3)
+    found = np.cov(out.numpy().T)
+    for columns in (slice(0, 6), slice(6, 10)):
+        np.testing.assert_allclose(found[columns, columns], np.eye(6 if columns.start == 0 else 4), atol=0.12)
+    assert np.abs(found[:6, 6:]).max() > 0.2  # scales are whitened apart
 
 
 def test_chunks_change_nothing(model: BagModel, monkeypatch: pytest.MonkeyPatch) -> None:
