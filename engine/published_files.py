@@ -82,7 +82,8 @@ def _import_part(out: Path, shared: SetFacts, name: str, number: int, stems: Seq
     digest = hashlib.sha256("\n".join(map(str, stems)).encode()).hexdigest()
     facts = SlideFacts(
         slide=slide, path=str(stems[0].parent), size=(0, 0), mpp=(shared.base_mpp, shared.base_mpp),
-        mpp_source="imported", source_digest=digest, cells=None, counts={}, images=images, grid_sides={name: side}, reader="files",
+        mpp_source="imported", source_digest=digest, cells=None, counts={}, images=images,
+        grid_sides={name: side}, reader="files",
     )  # fmt: skip
     places = np.array([(int(stem.name), 0) for stem in stems], np.int32)
     plan = PatchPlan(np.zeros((0, 0), np.bool_), {name: places}, {name: np.ones(len(stems), np.float32)})

@@ -1,4 +1,4 @@
-"""Folders of slides become a training set: whole, resumed after any loss, one bad slide never in the way of the others."""
+"""Folders of slides become a training set: whole, resumed after any loss, no bad slide in the way of others."""
 
 import json
 import os

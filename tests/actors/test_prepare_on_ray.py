@@ -1,0 +1,83 @@
+"""Preparation on Ray: the arrays of the local run, though an encoder is killed on the way."""
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from written_slides import box, tissue, write_tiff
+
+from actors.slide_pipeline import work_on_ray
+from engine.config import RayConfig
+from engine.model.demo_encoder import RAW_DIM, DemoEncoder
+from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.preparation import Engage, prepare
+from engine.preparation_blocks import BlockLatents, PrepareStages
+from engine.preparation_config import PrepareBlocks, PrepareConfig
+from engine.prepared import PreparedSet
+from engine.progress import Progress
+from engine.slide_crew import Crew, work_alone
+from engine.slides.tissue import TissueConfig
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
+CODES = {"a": "", "none": "not_a_slide"}
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> PrepareConfig:
+    """A slide of 8 × 4 cells and one that is none, done without Ray."""
+    folder = tmp_path_factory.mktemp("preparation")
+    torch.manual_seed(0)
+    model = ZoomLDM(tiny_config(encoder="demo"))
+    model.extras = {"encoder/model": DemoEncoder(torch.zeros(RAW_DIM), torch.randn(RAW_DIM, 16) / 10).tensors()}
+    model.save_pretrained(folder / "tiny")
+    (folder / "slides").mkdir()
+    picture = np.asarray(tissue(350, 550).crop((0, 0, 256, 512)).resize((1024, 2048)))
+    write_tiff(folder / "slides" / "a.tif", [picture, box(picture, 4)], 0.5)
+    (folder / "slides" / "none.svs").write_text("not a slide")
+    config = PrepareConfig(str(folder / "slides"), str(folder / "local"), coarsest="5x")
+    config = replace(config, finder=TissueConfig("everything"), blocks=PrepareBlocks(16, 4), keep_images=True)
+    section = replace(config.model, source=str(folder / "tiny"), device="cpu")
+    config = replace(config, model=section, ray=RayConfig(batch_timeout_s=300))
+    assert codes(config, work_alone) == CODES
+    return config
+
+
+def codes(config: PrepareConfig, engage: Engage) -> dict[str, str]:
+    return {r.slide: r.code for r in prepare(config, engage, Progress())}
+
+
+def arrays(config: PrepareConfig) -> dict[str, bytes]:
+    root = Path(config.out) / "slides"
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.npy")}
+
+
+def test_the_arrays_of_the_local_run_though_an_encoder_is_killed(local: PrepareConfig, tmp_path: Path) -> None:
+    killed: list[int] = []
+
+    @contextmanager
+    def engage(stages: PrepareStages) -> Iterator[Crew]:
+        crew = work_on_ray(stages)
+
+        def work(tasks: Sequence[Any]) -> Iterator[Any]:
+            for message in crew.work(tasks):
+                if isinstance(message, BlockLatents) and not killed:
+                    below = psutil.Process().children(recursive=True)
+                    killed.append(next(p.pid for p in below if "_Encoder" in p.name() or "MapWorker" in p.name()))
+                    os.kill(killed[0], signal.SIGKILL)
+                yield message
+
+        yield replace(crew, work=work)
+
+    config = replace(local, out=str(tmp_path / "ray"))
+    assert codes(config, engage) == CODES
+    assert killed
+    assert arrays(config) == arrays(local)
+    assert PreparedSet(config.out).count(2) == 2
