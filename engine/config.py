@@ -269,22 +269,16 @@ class RunConfig:
     """Picture at canvas.levels[0] that steers as it is, instead of being sampled (engine.superres sets it)."""
 
     def __post_init__(self) -> None:
-        if self.reference and self.embeddings:
-            raise ValueError("reference and embeddings exclude each other; got both. Drop one of them.")
-        if self.condition != "reference" and (self.reference or self.embeddings):
-            raise ValueError(
-                f"condition {self.condition} takes neither reference nor embeddings; got one. Drop it, or the condition."
-            )
-        if self.condition == "inversion" and not self.guide:
-            raise ValueError("condition=inversion needs a guide to invert; got none. Use python -m engine.superres.")
-        if self.condition == "cdm" and self.guide:
-            raise ValueError("condition=cdm makes a guide of its own; got a guide too. Drop one of them.")
+        given, by = self.reference or self.embeddings, self.condition
+        _require(not (self.reference and self.embeddings), "reference and embeddings exclude each other", "both")
+        _require(by == "reference" or not given, f"condition {by} takes neither reference nor embeddings", given)
+        _require(by != "inversion" or self.guide is not None, "condition=inversion needs a guide to invert", self.guide,
+                 "Use python -m engine.superres.")  # fmt: skip
+        _require(by != "cdm" or not self.guide, "condition=cdm makes a guide of its own", self.guide)
         _require(2 <= self.cdm_steps <= 1000, "cdm_steps must lie in 2..1000", self.cdm_steps)
-        if self.guide and not (self.canvas.levels and len(self.canvas.levels) > 1):
-            raise ValueError(
-                f"a guide needs canvas.levels, its own magnification first; got {self.canvas.levels}. Use "
-                "python -m engine.superres, which sets them."
-            )
+        _require(not self.guide or len(self.canvas.levels or ()) > 1,
+                 "a guide needs canvas.levels, its own magnification first", self.canvas.levels,
+                 "Use python -m engine.superres, which sets them.")  # fmt: skip
 
     def picture_keys(self) -> dict[str, object]:
         """Return the keys that decide the picture's bytes, dotted; the rest may change on resume."""
