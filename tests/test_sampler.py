@@ -1,3 +1,4 @@
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from engine.predict import DenoiseTiles, LocalDenoiser, TileBatch, TilePredictio
 from engine.replay import SilentWatch
 from engine.sampler import Sampling, keyed_noise, sample_large
 from engine.tiles import make_plan
+from engine.workers import Workers
 
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 DRAW = torch.Generator().manual_seed(0)
@@ -146,13 +148,16 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, model: ZoomLDM, method: st
 class ReadingAhead:
     """A denoiser that takes batches before it answers, as a pool does; notes what it had in hand at each answer."""
 
-    def __init__(self, inner: DenoiseTiles, window: int) -> None:
-        self.inner, self.window = inner, window
+    def __init__(self, inner: DenoiseTiles, window: int, workers: Workers | None = None) -> None:
+        """With `workers` it is so slow that they are always done before it asks for more."""
+        self.inner, self.window, self.workers = inner, window, workers or Workers()
         self.seen: list[tuple[str, ...]] = []
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         source, held, more = iter(batches), [], True
         while more or held:
+            while not self.workers.idle:
+                time.sleep(0.001)
             while more and len(held) < self.window:
                 try:
                     batch = next(source)
@@ -184,9 +189,13 @@ def test_the_next_step_begins_before_the_last_tiles_are_in(tmp_path: Path) -> No
         sampling=SamplingConfig(stride=500, tile_stride=64, batch_size=1),
         guidance=GuidanceConfig("none"),
     )
-    ahead = ReadingAhead(PointwiseDenoiser(), 10)
+    workers = Workers()
+    ahead = ReadingAhead(PointwiseDenoiser(), 10, workers)
     whole = sample(tmp_path / "whole", tall, PointwiseDenoiser())
-    assert np.array_equal(sample(tmp_path / "ahead", tall, ahead), whole)
+    s = replace(sampling(tmp_path / "ahead", tall, ahead), workers=workers)
+    with s.canvas as canvas:
+        sample_large(s)
+        assert np.array_equal(canvas.read("20x", 0, s.plan.finest.height), whole)
     assert any({"joint/t=1000/20x", "joint/t=500/20x"} <= set(keys) for keys in ahead.seen)
 
 
