@@ -22,6 +22,8 @@ from engine.bags import BAG_VERSION
 from engine.errors import BagError, BagMismatchError
 from engine.state import disk_error, remove, replacing, write_atomically
 
+BLOCKS = ".blocks"
+"""Ending of the folder of an unfinished bag, behind the bag's own name."""
 _CHUNK_BYTES = 2**19
 _ROWS_AT_ONCE = 4096
 _BLOCK = re.compile(r"(.+)_(\d{12})-(\d{12})\.npy")
@@ -182,8 +184,13 @@ def write_bag(
     return writer.finish()
 
 
+def find_unfinished(folder: Path) -> list[Path]:
+    """Return the folders of unfinished bags in a folder, by name."""
+    return sorted(path for path in folder.glob(f"*{BLOCKS}") if path.is_dir())
+
+
 def _blocks_of(path: Path) -> Path:
-    return path.with_name(path.name + ".blocks")
+    return path.with_name(path.name + BLOCKS)
 
 
 def _record(plan: BagPlan) -> dict[str, object]:

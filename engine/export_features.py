@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.arguments import parse
-from engine.bags import BagFile, find_bags
+from engine.bag_writer import BLOCKS, find_unfinished
+from engine.bags import SUFFIX, BagFile, find_bags
 from engine.errors import BagError, EngineError
 from engine.exports.bags import Layout, bag_files, write_layout
 from engine.state import disk_error, write_atomically
@@ -122,6 +123,11 @@ def main(argv: Sequence[str]) -> int:
         sys.stderr.write(f"engine.export_features: {error}\n")
         return 1
     sys.stdout.write(f"{out}: {count} slides at {config.scale} in the layout of {config.layout}\n")
+    if unfinished := find_unfinished(Path(config.run) / config.features):
+        names = ", ".join(path.name.removesuffix(SUFFIX + BLOCKS) for path in unfinished[:5])
+        sys.stdout.write(
+            f"Left out: {len(unfinished)} unfinished slides ({names}). Finish the extraction, then export.\n"
+        )
     return 0
 
 

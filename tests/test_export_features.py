@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.bag_writer import write_bag
+from engine.bag_writer import BagWriter, write_bag
 from engine.bags import BagFile
 from engine.export_features import MANIFEST, main
 from tests.known_bag import known_features, known_plan
@@ -51,6 +51,15 @@ def expected(run: Path, scale: str = "20x") -> tuple[np.ndarray, np.ndarray]:
 
 def described(dataset: Any) -> tuple:
     return dataset.dtype, dataset.shape, dataset.chunks, dataset.maxshape
+
+
+def test_unfinished_slides_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--layout", "clam"]) == 0
+    assert "Left out" not in capsys.readouterr().out
+    BagWriter(run / "features" / "S-03.h5", known_plan(slide="S-03"))
+    assert main([str(run), "--layout", "clam"]) == 0
+    assert "2 slides" in (said := capsys.readouterr().out)
+    assert "Left out: 1 unfinished slides (S-03)" in said
 
 
 def test_trident(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
