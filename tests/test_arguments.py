@@ -10,7 +10,7 @@ import yaml
 from engine.arguments import PROJECT_ROOT, parse, parse_with_flags, peek, take
 from engine.config import RunConfig
 
-OTHERS = ("train_", "demo_features", "demo_mil")
+OTHERS = ("train_", "prepare_", "demo_features", "demo_mil")
 """Configs of other commands."""
 RECIPES = sorted(p for p in (PROJECT_ROOT / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 
