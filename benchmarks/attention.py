@@ -67,8 +67,8 @@ def digit_bags(count: int, pictures: NDArray[np.float32], digits: NDArray[np.int
 
 def digits_problem(count: int) -> tuple[Bags, Bags]:
     """Return training and test bags of digits."""
-    data = load_digits()
-    pictures, digits = (data.data / 16).astype(np.float32), data.target.astype(np.int64)
+    pictures, digits = load_digits(return_X_y=True)
+    pictures, digits = (pictures / 16).astype(np.float32), digits.astype(np.int64)
     order = np.random.default_rng(0).permutation(len(digits))
     tested = round(len(order) * TEST_SHARE)
     train, test = order[tested:], order[:tested]
@@ -85,7 +85,7 @@ def phantom_tiles(number: int, base_mpp: float) -> tuple[TilePixels, NDArray[np.
     wild = rng.uniform(*HIGH) if number % 2 else rng.uniform(*LOW)
     corner, focus = rng.integers(0, 40, 2) * TILE_PX, rng.integers(0, SIDE - FOCUS + 1, 2)
     places = np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE)), axis=-1).reshape(-1, 2)
-    inside = ((places >= focus) & (places < focus + FOCUS)).all(axis=1)
+    inside = np.all((places >= focus) & (places < focus + FOCUS), axis=1)
     coords = (corner + places * TILE_PX).astype(np.int64)
     images = [
         Phantom(70_000 + number, wild if key else calm, architecture).render(
