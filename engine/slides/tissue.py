@@ -229,7 +229,7 @@ def _small_holes(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
     outside = ndimage.binary_propagation(
         np.pad(np.zeros_like(mask), 1, constant_values=True), mask=np.pad(~mask, 1, constant_values=True)
     )
-    return ~mask & ~large & ~np.asarray(outside)[1:-1, 1:-1]
+    return ~mask & ~large & ~np.asarray(outside, np.bool_)[1:-1, 1:-1]
 
 
 def _without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
