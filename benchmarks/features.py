@@ -130,10 +130,10 @@ def measure(config: ExtractConfig, crew: str, rounds: int, out: Path) -> list[Ro
         records = extract(here, _counted(CREWS[crew], spent), Progress())
         assert all(record.status == DONE for record in records), records
         report = json.loads((out / str(number) / "report.json").read_text())
-        wall, processor = ([times[i] for times in seconds] for i in (0, 1))
+        (memory_s, memory_cpu_s), (fine_s, fine_cpu_s), (coarse_s, coarse_cpu_s) = seconds
+        used = Processor(spent[0], memory_cpu_s, fine_cpu_s, coarse_cpu_s)
         stages, waited = report["stages"], report["model_waited_share"]
-        used = Processor(spent[0], *processor)
-        found.append(Round(report["tiles"], report["working_s"], *wall, stages, waited, used))
+        found.append(Round(report["tiles"], report["working_s"], memory_s, fine_s, coarse_s, stages, waited, used))
     return found
 
 

@@ -178,7 +178,7 @@ class StainTissue:
         found = (fine > threshold) | loose
         found = _shrink(_grow(found, self.CLOSING_UM / px), self.CLOSING_UM / px)
         found = _without_small(found & ~ink, self.config.smallest_um2 / px**2)
-        found = ~_without_small(~found, self.config.largest_hole_um2 / px**2)
+        found |= _small_holes(found, self.config.largest_hole_um2 / px**2)
         return found & ~ink & usable
 
 
@@ -221,6 +221,15 @@ def _grow(mask: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
 def _shrink(mask: NDArray[np.bool_], radius: float) -> NDArray[np.bool_]:
     """Undo `_grow`; beyond the border counts as inside, so that tissue is not eaten from there."""
     return ~_grow(~mask, radius)
+
+
+def _small_holes(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:
+    """Return the holes of a mask below an area; what reaches the border is no hole: small slides have small glass."""
+    large = _without_small(~mask, area_px)
+    outside = ndimage.binary_propagation(
+        np.pad(np.zeros_like(mask), 1, constant_values=True), mask=np.pad(~mask, 1, constant_values=True)
+    )
+    return ~mask & ~large & ~np.asarray(outside, np.bool_)[1:-1, 1:-1]
 
 
 def _without_small(mask: NDArray[np.bool_], area_px: float) -> NDArray[np.bool_]:

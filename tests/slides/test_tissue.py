@@ -44,6 +44,17 @@ def test_dice_on_phantoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed:
     assert (found & inked).sum() <= 0.01 * inked.sum()  # measured 0, though half of the stroke lies on tissue
 
 
+def test_the_glass_of_a_small_slide_is_no_hole(tmp_path: Path) -> None:
+    picture = np.full((400, 1024, 3), 245, np.uint8)
+    picture[:, :524] = (190, 100, 170)
+    picture[150:250, 200:300] = 245  # a lumen
+    path = write_tiff(tmp_path / "a.tif", [picture], 0.5)
+    with open_slide(path) as slide:
+        found = find_tissue(slide, CONFIG)
+    assert found.total_share == pytest.approx(524 / 1024, abs=0.08)
+    assert found.mask[12, 15]  # the lumen belongs to it
+
+
 def test_bare_glass_has_no_tissue(tmp_path: Path) -> None:
     with open_slide(glass_slide(tmp_path)) as slide:
         assert not find_tissue(slide, CONFIG).mask.any()
