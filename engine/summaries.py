@@ -21,7 +21,8 @@ def alpha_bars() -> NDArray[np.float64]:
     """Return the 1000 alphas_cumprod of the cosine schedule ("squaredcos_cap_v2": betas at most 0.999)."""
     angles = (np.arange(TIMES + 1) / TIMES + 0.008) / 1.008 * np.pi / 2
     share = np.cos(angles) ** 2
-    return np.cumprod(1 - np.minimum(1 - share[1:] / share[:-1], 0.999), dtype=np.float64)
+    betas = np.minimum(1 - share[1:] / share[:-1], 0.999)
+    return np.cumprod(1.0 - betas, dtype=np.float64)
 
 
 def respaced_times(steps: int) -> list[int]:
