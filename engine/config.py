@@ -273,18 +273,15 @@ class RunConfig:
             raise ValueError("reference and embeddings exclude each other; got both. Drop one of them.")
         if self.condition != "reference" and (self.reference or self.embeddings):
             raise ValueError(
-                f"condition {self.condition} takes neither reference nor embeddings; got one. Drop it, or the condition."
+                f"condition {self.condition} takes neither reference nor embeddings; got one. Drop it or the condition."
             )
         if self.condition == "inversion" and not self.guide:
             raise ValueError("condition=inversion needs a guide to invert; got none. Use python -m engine.superres.")
         if self.condition == "cdm" and self.guide:
             raise ValueError("condition=cdm makes a guide of its own; got a guide too. Drop one of them.")
-        _require(2 <= self.cdm_steps <= 1000, "cdm_steps must lie in 2..1000", self.cdm_steps)
+        _require(2 <= self.cdm_steps <= 1000, "cdm_steps must be at least 2 and at most 1000", self.cdm_steps)
         if self.guide and not (self.canvas.levels and len(self.canvas.levels) > 1):
-            raise ValueError(
-                f"a guide needs canvas.levels, its own magnification first; got {self.canvas.levels}. Use "
-                "python -m engine.superres, which sets them."
-            )
+            raise ValueError(f"a guide needs canvas.levels, its own magnification first; got {self.canvas.levels}.")
 
     def picture_keys(self) -> dict[str, object]:
         """Return the keys that decide the picture's bytes, dotted; the rest may change on resume."""
