@@ -38,13 +38,8 @@ from engine.strips import ForwardReader, ReadRows
 from engine.tiles import Level, Plan, make_plan
 
 _WHERE = (
-    "model.source",
-    "model.variant",
-    "model.device",
-    "canvas.store",
-    "reference",
-    "embeddings",
-    "model.cdm_source",
+    *("model.source", "model.variant", "model.device", "model.cdm_source"),
+    *("canvas.store", "reference", "embeddings"),
 )
 """Keys that say where something lies; what lies there counts instead (weights, conditions, device)."""
 ENVIRONMENT = "environment.json"
