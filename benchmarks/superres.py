@@ -148,7 +148,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     if arguments.write:
-        put_into(arguments.write, f"{arguments.regions} held-out phantoms of {arguments.size}² px at 20x.\n\n{text}")
+        put_into(arguments.write, f"{arguments.regions} held-out phantom(s) of {arguments.size}² px at 20x.\n\n{text}")
 
 
 if __name__ == "__main__":
