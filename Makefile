@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-features test faults lint train-demo clean
+.PHONY: help demo demo-features demo-mil test faults lint train-demo clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,6 +14,16 @@ demo: .venv/.installed  ## make .venv, sample a picture with the embedded demo m
 demo-features: .venv/.installed  ## make .venv, write six phantom slides, extract their features with the demo model
 	$(BIN)/python -m engine.phantom_slides --out runs/phantom_slides
 	$(BIN)/python -m engine.extract_features --config configs/demo_features.yaml
+
+demo-mil: .venv/.installed  ## make .venv, write 60 phantom patients, learn their label from 20x, 5x and both, compare
+	$(BIN)/python -m engine.phantom_cohort --out runs/demo_mil/cohort
+	$(BIN)/python -m engine.extract_features --config configs/demo_mil_features.yaml
+	$(BIN)/python -m mil.train --config configs/demo_mil.yaml --scales 20,5 --output.folder runs/demo_mil/20x+5x
+	$(BIN)/python -m mil.train --config configs/demo_mil.yaml --scales 20 --output.folder runs/demo_mil/20x
+	$(BIN)/python -m mil.train --config configs/demo_mil.yaml --scales 5 --output.folder runs/demo_mil/5x
+	$(BIN)/python -m mil.compare runs/demo_mil/20x+5x runs/demo_mil/20x runs/demo_mil/5x --out runs/demo_mil/comparison
+	@echo 'Reports: runs/demo_mil/20x+5x/report.html, .../20x/report.html, .../5x/report.html; all together:'
+	@echo 'runs/demo_mil/comparison.txt and .png'
 
 test: lint  ## make .venv, check style and types, run the tests
 	$(BIN)/python -m pytest
@@ -29,6 +39,7 @@ lint: .venv/.installed-dev  ## check formatting, style and types
 
 train-demo: .venv/.installed-dev  ## train the embedded demo model again (two CPU cores, hours)
 	$(BIN)/python -m engine.train --config configs/train_demo.yaml
+	$(BIN)/python -m engine.train --config configs/train_cdm.yaml
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build ./*.egg-info

@@ -18,7 +18,7 @@ from ray.exceptions import RayTaskError
 from actors.cluster import loss_named, node_resources
 from actors.denoiser import Answer, ReplicaInfo, pack_model
 from actors.replica import LOST, Replica, choose_seat
-from actors.work import PoolStats, PoolWatch, Run, Work, fault_of, first_line, nbytes, own_copy
+from actors.work import PoolStats, PoolWatch, Run, Work, begun, fault_of, first_line, nbytes, own_copy
 from engine.config import RayConfig
 from engine.errors import ClusterError, DeviceMemoryError, ReplicaLostError
 from engine.model.zoomldm import ZoomLDM
@@ -55,6 +55,8 @@ class DenoiserPool:
         self._seat = choose_seat(config, threads, device, node_resources())
         self._weights = ray.put(pack_model(model))
         self._replicas: list[Replica] = []
+        self._runs: list[Run] = []
+        """Those that are open, oldest first."""
         self._count = PoolStats()
         self._numbers = self._changed_by_hand = self._start_failures = 0
         self._none_ready_since: float | None = time.monotonic()
@@ -110,7 +112,9 @@ class DenoiserPool:
             with loss_named():
                 self._advance()
             if time.monotonic() > until:
-                raise ClusterError(f"{count} replicas must be ready; {len(self.replicas)} are. {self._shortage()}")
+                raise ClusterError(
+                    f"{count} replicas must be ready; {len(self.replicas)} are. {self._seat.shortage(node_resources())}"
+                )
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
         """See DenoiseTiles. At most 2 · `in_flight` · replicas batches are read ahead.
@@ -118,17 +122,21 @@ class DenoiserPool:
         Raises: ReplicaLostError when a batch failed `max_attempts` times; ClusterError when no replica can be had for
         `start_timeout_s`; what a replica raised for a batch, as it is.
         """
-        return self._answers(Run("denoise", iter(batches)))
+        return begun(self._answers(Run("denoise", iter(batches))))
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         """As denoise, for latent windows."""
-        return self._answers(Run("decode", iter(batches)))
+        return begun(self._answers(Run("decode", iter(batches))))
 
     def _answers(self, run: Run) -> Iterator[Any]:
-        """Yield a run's answers in order. Runs may be nested: each advances the calls of all."""
+        """Yield None once, then a run's answers in order. Of several runs, each queues and advances those of all."""
+        self._runs.append(run)
         try:
+            yield None
             while True:
-                self._dispatch(run)
+                for other in reversed(self._runs):  # the newest first: it is what the others wait for
+                    self._dispatch(other)
+                run.check()
                 if (answer := run.next_answer()) is not None:
                     yield answer
                 elif run.finished:
@@ -138,6 +146,7 @@ class DenoiserPool:
                         self._advance()
         finally:
             run.closed = True
+            self._runs.remove(run)
 
     def _dispatch(self, run: Run) -> None:
         """Queue the run's batches while a replica has room."""
@@ -244,13 +253,9 @@ class DenoiserPool:
         elif self._none_ready_since is None:
             self._none_ready_since = time.monotonic()
         elif time.monotonic() - self._none_ready_since > patience:
-            raise ClusterError(f"No replica is ready within ray.start_timeout_s={patience:g}. {self._shortage()}")
-
-    def _shortage(self) -> str:
-        """Say what a replica takes and what the cluster has."""
-        nodes = "; ".join(map(str, node_resources())) or "no node"
-        seat = self._seat
-        return f"Each takes {seat.num_cpus:g} CPU and {seat.num_gpus:g} GPU; the cluster has {nodes}."
+            raise ClusterError(
+                f"No replica is ready within ray.start_timeout_s={patience:g}. {self._seat.shortage(node_resources())}"
+            )
 
     def _lose(self, dead: Replica, guilty: Work, cause: str) -> None:
         """Replace a replica. Only its oldest batch may have been the reason; the others just go elsewhere."""

@@ -44,6 +44,11 @@ class Seat:
             return sum(int(node.gpus) * int(1 / self.num_gpus) for node in nodes)
         return sum(int(node.cpus // self.num_cpus) for node in nodes)
 
+    def shortage(self, nodes: list[NodeResources]) -> str:
+        """Say what a replica takes and what the cluster has."""
+        has = "; ".join(map(str, nodes)) or "no node"
+        return f"Each takes {self.num_cpus:g} CPU and {self.num_gpus:g} GPU; the cluster has {has}."
+
 
 def choose_seat(
     config: RayConfig, threads: int, device: Literal["auto", "cpu", "cuda"], nodes: list[NodeResources]

@@ -67,30 +67,38 @@ class Run:
     exhausted: bool = False
     closed: bool = False
     """Nobody waits for its answers any more."""
+    _asking: bool = False
+    _starved: bool = False
 
     @property
     def finished(self) -> bool:
         return self.exhausted and self.given == self.taken
 
     def next_work(self, window: int) -> Work | None:
-        """Return a batch to ask again, else a new one unless `window` batches are on their way, else None.
-
-        Raises: RuntimeError if the source waits for an answer although all were handed out.
-        """
+        """Return a batch to ask again, else a new one unless `window` batches are on their way, else None."""
         if self.again:
             return self.again.popleft()
-        if self.exhausted or self.taken - self.given >= window:
+        if self.exhausted or self._asking or self.taken - self.given >= window:
             return None
-        found = list(islice(self.source, 1))
+        self._asking = True  # the source may use the pool itself
+        try:
+            found = list(islice(self.source, 1))
+        finally:
+            self._asking = False
         if not found:
             self.exhausted = True
             return None
-        if (batch := found[0]) is None:
-            if self.taken == self.given:
-                raise RuntimeError("a source of batches must have one when every answer was taken; got None.")
+        batch = found[0]
+        self._starved = batch is None and self.taken == self.given
+        if batch is None:
             return None
         self.taken += 1
         return Work(self, self.taken - 1, batch)
+
+    def check(self) -> None:
+        """Raise RuntimeError if the source waits for an answer although all were handed out."""
+        if self._starved:
+            raise RuntimeError("a source of batches must have one when every answer was taken; got None.")
 
     def next_answer(self) -> Value | None:
         """Hand out the answer whose turn it is, if it is here."""
@@ -98,6 +106,12 @@ class Run:
         if value is not None:
             self.given += 1
         return value
+
+
+def begun(answers: Iterator[Any]) -> Iterator[Any]:
+    """Return a generator of answers that has passed its first yield: what it does before that is done."""
+    next(answers)
+    return answers
 
 
 @dataclass(frozen=True)

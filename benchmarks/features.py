@@ -6,8 +6,10 @@
 First form: phantom slides and the embedded model, in rounds that take turns, so that a machine that gets slower meets
 both: the whole pipeline (read, encode both scales, write), and the same encoders fed with the same blocks from memory.
 A figure is the median round. Targets: whole ≥ 0.90 of the tiles/s from memory; time of the whole ≤ 1.15 × the sum of
-the model's times at 20x and at 5x. With --crew ray the model's times are those of one process, and --threads of each
-replica; only the shares of the stages are then to be compared.
+the model's times at 20x and at 5x. `processor` has the same figures in processor time of this process, which other work
+on the machine hardly changes with --threads 1 (more threads wait for each other, busily): what they would be if nothing
+ran beside anything. With --crew ray the model's times are those of one process, and --threads of each replica; only the
+shares of the stages are then to be compared.
 
 Second form: one slide of that many px on each side, glass but for a piece of tissue, and the peak of the memory of all
 processes together (proportional set size, looked at four times a second). Target: 3 GiB. Linux only.
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,15 +33,16 @@ import tifffile
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file, this is not the project's folder
 
-from engine.extraction import Crew, extract
-from engine.extraction_blocks import BlockEncoder, BlockPixels, SlideTask, SlideWorker, TileBlock
+from engine.extraction import Engage, extract
+from engine.extraction_blocks import BlockEncoder, BlockPixels, Message, SlideTask, SlideWorker, TileBlock
 from engine.extraction_config import ExtractConfig
 from engine.extraction_encoders import load_encoders, scale_names
-from engine.extraction_local import extract_alone
-from engine.extraction_report import DONE
+from engine.extraction_local import ExtractStages, extract_alone
 from engine.features import encode_all
 from engine.progress import Progress
 from engine.run import pin_arithmetic
+from engine.slide_crew import Crew
+from engine.slide_report import DONE
 from engine.slides.phantom import Phantom
 from engine.slides.phantom_slide import write_phantom_slide
 from engine.slides.slide import find_slides, slide_name
@@ -51,10 +54,10 @@ TILE, FACTOR, PIECE = 256, 4, 2048
 def extract_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
     """Compute on a private Ray, as the command does."""
     from actors.cluster import connect
-    from actors.extraction import work_on_ray
+    from actors.slide_pipeline import work_on_ray
 
     with connect(config.ray):
-        yield work_on_ray(config, names)
+        yield work_on_ray(ExtractStages(config, names))
 
 
 CREWS = {"alone": extract_alone, "ray": extract_on_ray}
@@ -71,18 +74,37 @@ class Round:
     coarse_s: float
     stages: dict[str, dict[str, float]]
     model_waited_share: float
+    processor: "Processor"
+
+
+@dataclass(frozen=True)
+class Processor:
+    """The same in seconds of processor time of this process."""
+
+    whole_s: float
+    memory_s: float
+    fine_s: float
+    coarse_s: float
+
+
+def shares(rounds: Sequence[Round | Processor]) -> dict[str, float]:
+    """Return the two figures that have targets."""
+    return {
+        "share_of_model_from_memory": round(statistics.median(r.memory_s / r.whole_s for r in rounds), 3),
+        "both_scales_over_sum_of_model_times": round(
+            statistics.median(r.whole_s / (r.fine_s + r.coarse_s) for r in rounds), 3
+        ),
+    }
 
 
 def figures(rounds: list[Round]) -> dict[str, object]:
     """Return the figures that have targets, and the stage that works longest per tile beside the model."""
-    of_memory = statistics.median(r.memory_s / r.whole_s for r in rounds)
-    of_sum = statistics.median(r.whole_s / (r.fine_s + r.coarse_s) for r in rounds)
     last = rounds[-1].stages
     return {
         "tiles": rounds[0].tiles,
         "tiles_per_s": round(statistics.median(r.tiles / r.whole_s for r in rounds), 2),
-        "share_of_model_from_memory": round(of_memory, 3),
-        "both_scales_over_sum_of_model_times": round(of_sum, 3),
+        **shares(rounds),
+        "processor": shares([r.processor for r in rounds]),
         "model_waited_share": round(statistics.median(r.model_waited_share for r in rounds), 4),
         "ms_per_tile": {name: round(1000 / s["tiles_per_s"], 3) for name, s in last.items() if s["tiles_per_s"]},
         "bottleneck": max(last, key=lambda name: last[name]["seconds"]),
@@ -103,21 +125,42 @@ def measure(config: ExtractConfig, crew: str, rounds: int, out: Path) -> list[Ro
     pixels, encoder = pixels_of(config), BlockEncoder(load_encoders(config, "cpu"))
     found = []
     for number in range(rounds):
-        seconds = []
-        for scales in (("fine", "coarse"), ("fine",), ("coarse",)):
-            start = time.perf_counter()
-            for block in pixels:
-                for scale in scales:
-                    encode_all(encoder.encoders, getattr(block, scale))
-            seconds.append(time.perf_counter() - start)
-        here = replace(config, out=str(out / str(number)))
-        records = extract(here, CREWS[crew], Progress())
+        seconds = [_encode(pixels, encoder, scales) for scales in (("fine", "coarse"), ("fine",), ("coarse",))]
+        here, spent = replace(config, out=str(out / str(number))), []
+        records = extract(here, _counted(CREWS[crew], spent), Progress())
         assert all(record.status == DONE for record in records), records
         report = json.loads((out / str(number) / "report.json").read_text())
-        memory_s, fine_s, coarse_s = seconds
+        wall, processor = ([times[i] for times in seconds] for i in (0, 1))
         stages, waited = report["stages"], report["model_waited_share"]
-        found.append(Round(report["tiles"], report["working_s"], memory_s, fine_s, coarse_s, stages, waited))
+        used = Processor(spent[0], *processor)
+        found.append(Round(report["tiles"], report["working_s"], *wall, stages, waited, used))
     return found
+
+
+def _encode(blocks: Sequence[BlockPixels], encoder: BlockEncoder, scales: Sequence[str]) -> tuple[float, float]:
+    """Encode from memory; return the seconds by the clock and of the processor."""
+    start, used = time.perf_counter(), time.process_time()
+    for block in blocks:
+        for scale in scales:
+            encode_all(encoder.encoders, getattr(block, scale))
+    return time.perf_counter() - start, time.process_time() - used
+
+
+def _counted(engage: Engage, spent: list[float]) -> Engage:
+    """Add to `spent` the processor's seconds from the first task to the last written block."""
+
+    @contextmanager
+    def counting(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
+        with engage(config, names) as crew:
+
+            def work(tasks: Sequence[SlideTask]) -> Iterator[Message]:
+                used = time.process_time()
+                yield from crew.work(tasks)
+                spent.append(time.process_time() - used)
+
+            yield replace(crew, work=work)
+
+    return counting
 
 
 def write_glass(path: Path, size: int) -> None:

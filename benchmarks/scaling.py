@@ -1,20 +1,26 @@
-"""How many replicas can one coordinator feed? The real coordinator and canvas, simulated replicas, a virtual clock.
+"""How many replicas can one coordinator feed? The real coordinator and canvas, simulated replicas, a clock that skips.
 
     python -m benchmarks.scaling [--sizes 4096,16384] [--replicas 1,8,64,256] [--batch_s 0.2] [--slow 1] [--json FILE]
 
-The coordinator's work (cutting, averaging, guidance, update, zarr, commit) is done and timed for real; a replica's is
-not done: it takes `batch_s` of virtual time a batch. The virtual clock advances by what the coordinator really spent,
-by `call_s` a batch for Ray's own work in the driver, and by waiting. Answers are those of the pointwise denoiser.
+The coordinator's work (cutting, averaging, guidance, update, zarr, commit) is done for real, with its threads; a
+replica's is not: a batch takes it `batch_s` of virtual time, and its answer is that of the pointwise denoiser. The
+virtual clock is this machine's own, which goes on whatever the process does, the simulation itself included; only
+where the loop waits for replicas AND no thread of the coordinator has work left does it skip, to the next answer. So
+work beside the loop takes the cores and the seconds that it really takes, and is hidden only by waiting that there
+would really be. For Ray's own work in the driver the loop is kept busy for `call_s` a batch, which is measured by
+benchmarks.calls; making up the answer is part of it.
+
 efficiency = compute time of all batches / (replicas × time that passed), where a slow replica counts by its speed;
 steady_efficiency = the same between the first commit and the last but one, without the start and the end of the run;
-busy = the coordinator's share of that time; saturates = the replicas that one coordinator can feed at all, the compute
-time of a step over the coordinator's. On a machine that is busy with something else `--clock cpu` counts the
-coordinator's processor time, all its threads together; waiting for the disk is then left out.
+busy = the share of time in which the loop did not wait for replicas; saturates = the replicas that the loop can feed at
+all, the compute time of a step over its busy time (too many where few replicas never make it wait for its threads).
+On a machine that is busy with something else `--clock cpu` counts the process's processor time, as if one core did
+everything; waiting for the disk is then left out.
 """
 
 import argparse
+import heapq
 import json
-import math
 import tempfile
 import time
 from collections import deque
@@ -27,118 +33,155 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.work import nbytes
+from actors.work import begun, nbytes
 from benchmarks.bare import BareRun, demo_config
-from benchmarks.memory import MAPS, SSL_DIM
+from benchmarks.memory import MAPS
 from engine.magnification import BRCA_SCALE, LATENT_CHANNELS
 from engine.pointwise import PointwiseDenoiser
 from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
 from engine.replay import SilentWatch
 from engine.sampler import sample_large
 from engine.tiles import Plan
+from engine.workers import Workers
 
+SSL_DIM = 1024
+"""Of the published BRCA checkpoint's encoder (UNI)."""
 IN_FLIGHT = 2
 """Batches queued per replica, ray.in_flight's default."""
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-@dataclass
+@dataclass(eq=False)
+class Run:
+    """One iteration over batches, as in the pool."""
+
+    source: Iterator[Any]
+    answer_to: Callable[[Any], Any]
+    held: Any = None
+    """A batch that was asked for and not sent."""
+    pending: deque[tuple[float, Any]] = field(default_factory=deque)
+    """(time of the answer, answer), in order."""
+    more: bool = True
+    asking: bool = False
+
+
 class SimulatedReplicas:
-    """DenoiseTiles with the pool's queueing and a clock of its own."""
+    """DenoiseTiles with the pool's queueing and a clock that skips."""
 
-    seconds: np.ndarray
-    """(R,): seconds of a batch on each replica."""
-    call_s: float
-    """Driver seconds a batch costs in Ray."""
-    barriers: bool = False
-    """Hold the batches of a level's step back until the one before is wholly answered, for comparison."""
-    clock: Callable[[], float] = time.perf_counter
-    """What the coordinator's own work is timed by."""
-    now: float = 0.0
-    busy_s: float = 0.0
-    batches: int = 0
-    nbytes: int = 0
-    _inner: PointwiseDenoiser = field(default_factory=PointwiseDenoiser)
+    def __init__(
+        self,
+        seconds: np.ndarray,
+        call_s: float,
+        barriers: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+        idle: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`seconds` (R,): of a batch on each replica; `idle` says whether the coordinator's threads have no work.
 
-    def __post_init__(self) -> None:
-        self._finish: list[deque[float]] = [deque() for _ in self.seconds]
-        self._mark = self.clock()
+        `barriers` holds the batches of a level's step back until the one before is wholly answered, for comparison.
+        """
+        self.seconds, self.call_s, self.barriers, self.clock, self.idle = seconds, call_s, barriers, clock, idle
+        self.now = self.waited_s = 0.0
+        self.batches = self.nbytes = 0
+        self._inner = PointwiseDenoiser()
+        self._runs: list[Run] = []
+        self._free_at = np.zeros(len(seconds))
+        self._coming: list[tuple[float, int]] = []
+        """Heap of (time of an answer, replica)."""
+        self._by_load = [dict.fromkeys(range(len(seconds))), *({} for _ in range(IN_FLIGHT))]
+        """Replicas with 0, 1, … batches; a dict, because it keeps order and forgets quickly."""
+        self._mark = clock()
+
+    @property
+    def busy_s(self) -> float:
+        return self.now - self.waited_s
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
-        return self._answers(iter(batches), lambda batch: next(self._inner.denoise([batch])))
+        return begun(self._answers(Run(iter(batches), lambda batch: next(self._inner.denoise([batch])))))
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
-        return self._answers(iter(batches), lambda batch: next(self._inner.decode([batch])))
+        return begun(self._answers(Run(iter(batches), lambda batch: next(self._inner.decode([batch])))))
 
     def start(self) -> None:
-        """Begin to count the coordinator's time."""
+        """Begin to count."""
         self._mark = self.clock()
 
-    def coordinated(self) -> None:
-        """Add what the coordinator spent since it got control."""
-        spent = self.clock() - self._mark
-        self.now, self.busy_s = self.now + spent, self.busy_s + spent
+    def tick(self) -> float:
+        """Add what passed since the last look; return the time."""
+        mark, self._mark = self._mark, self.clock()
+        self.now += self._mark - mark
+        return self.now
 
-    def time(self) -> float:
-        """Return the virtual time while the coordinator works."""
-        return self.now + self.clock() - self._mark
+    def _answers(self, run: Run) -> Iterator[Any]:
+        """Yield None once, then answers in order, as the pool does: read ahead while a replica has room."""
+        self._runs.append(run)
+        try:
+            yield None
+            while run.more or run.pending:
+                for other in reversed(self._runs):
+                    self._dispatch(other)
+                if run.pending and run.pending[0][0] <= self.tick():
+                    yield run.pending.popleft()[1]
+                elif self._coming:
+                    self._wait()
+                elif run.more and run.held is None:
+                    raise RuntimeError("a source of batches must have one when every answer was taken; got None.")
+        finally:
+            self._runs.remove(run)
 
-    def _answers(self, source: Iterator[Any], answer_to: Callable[[Any], Any]) -> Iterator[Any]:
-        """Yield answers in order, as the pool does: read ahead while a replica has room."""
-        pending: deque[tuple[float, Any]] = deque()
-        held: list[Any] = []
-        more = True
-        self.coordinated()
-        while more or held or pending:
-            while len(pending) < 2 * IN_FLIGHT * len(self._finish) and (at := self._room()) is not None:
-                if more and not held:
-                    held, more = self._ask(source)
-                if (
-                    not held
-                    or held[0] is None
-                    or (self.barriers and pending and _step(pending[-1][1]) != _step(held[0]))
-                ):
-                    held = [b for b in held if b is not None]
-                    break
-                batch = held.pop()
-                pending.append((self._send(at, batch), answer_to(batch)))
-            if pending and pending[0][0] <= self.now:
-                _, answer = pending.popleft()
-                self.start()
-                yield answer
-                self.coordinated()
-            elif pending or more or held:
-                self._wait(pending[0][0] if pending else math.inf)  # all may be busy with another run's batches
-        self.start()
-
-    def _ask(self, source: Iterator[Any]) -> tuple[list[Any], bool]:
-        """Return the next batch, if there is one, and whether there may be more; the coordinator cuts it."""
-        self.start()
-        found = list(islice(source, 1))
-        self.coordinated()
-        return found, bool(found)
+    def _dispatch(self, run: Run) -> None:
+        """Queue a run's batches while a replica has room."""
+        while run.more and not run.asking and len(run.pending) < 2 * IN_FLIGHT * len(self.seconds):
+            if self._room() is None:
+                return
+            if run.held is None:
+                run.asking = True
+                found = list(islice(run.source, 1))
+                run.asking, run.more = False, bool(found)
+                run.held = found[0] if found else None
+            at = self._room()  # looked up again: the source may have used the replicas meanwhile
+            waits = self.barriers and run.pending and run.held and _step(run.pending[-1][1]) != _step(run.held)
+            if run.held is None or at is None or waits:
+                return
+            self._send(at, run)
 
     def _room(self) -> int | None:
         """Return the least busy replica with room."""
-        for finish in self._finish:
-            while finish and finish[0] <= self.now:
-                finish.popleft()
-        at = min(range(len(self._finish)), key=lambda i: len(self._finish[i]))
-        return at if len(self._finish[at]) < IN_FLIGHT else None
+        self._settle()
+        return next((at for load in self._by_load[:-1] for at in load), None)
 
-    def _send(self, at: int, batch: Any) -> float:
-        """Queue a batch; return when its answer is there."""
-        self.now, self.busy_s = self.now + self.call_s, self.busy_s + self.call_s
-        begin = max(self.now, self._finish[at][-1] if self._finish[at] else 0.0)
-        self._finish[at].append(begin + self.seconds[at])
+    def _settle(self) -> None:
+        """Note the answers that are there by now."""
+        self.tick()
+        while self._coming and self._coming[0][0] <= self.now:
+            self._load(heapq.heappop(self._coming)[1], -1)
+
+    def _load(self, at: int, change: int) -> None:
+        load = next(i for i, replicas in enumerate(self._by_load) if at in replicas)
+        del self._by_load[load][at]
+        self._by_load[load + change][at] = None
+
+    def _send(self, at: int, run: Run) -> None:
+        """Queue the batch that a run holds, and be as long about it as Ray is."""
+        begin, batch, run.held = self.tick(), run.held, None
+        answer = run.answer_to(batch)
+        while self.tick() < begin + self.call_s:
+            pass
+        self._free_at[at] = finish = max(self.now, self._free_at[at]) + self.seconds[at]
+        heapq.heappush(self._coming, (finish, at))
+        self._load(at, 1)
+        run.pending.append((finish, answer))
         self.batches += 1
-        self.nbytes += nbytes(batch) * (1 + (1 if isinstance(batch, TileBatch) else 16))  # and the answer
-        return begin + float(self.seconds[at])
+        self.nbytes += nbytes(batch) + nbytes(answer)
 
-    def _wait(self, until: float) -> None:
-        """Let time pass to the next answer of any replica, at most to `until`."""
-        coming = [finish[0] for finish in self._finish if finish and finish[0] > self.now]
-        self.now = min([until, *coming])
+    def _wait(self) -> None:
+        """Let time pass to the next answer of any replica: for real while the coordinator's threads are at work."""
+        begin = self.tick()
+        while not self.idle() and self.tick() < self._coming[0][0]:
+            time.sleep(1e-4)
+        self.now = max(self.tick(), self._coming[0][0])
+        self.waited_s += self.now - begin
+        self._settle()
 
 
 class Commits(SilentWatch):
@@ -149,7 +192,7 @@ class Commits(SilentWatch):
         self.at: list[float] = []
 
     def step(self, name: str, done: int, total: int) -> None:
-        self.at.append(self._replicas.time())
+        self.at.append(self._replicas.tick())
 
 
 def _step(message: Any) -> str:
@@ -165,12 +208,13 @@ def measure(
     run = BareRun.of(demo_config(size, settings), BRCA_SCALE, SSL_DIM, MAPS).first_steps(steps)
     replicas = SimulatedReplicas(seconds, call_s, barriers, CLOCKS[clock])
     with tempfile.TemporaryDirectory() as folder:
-        commits = Commits(replicas)
-        sampling = replace(run.open(Path(folder) / "run", replicas), watch=commits)
+        commits, workers = Commits(replicas), Workers()
+        replicas.idle = lambda: workers.idle
+        sampling = replace(run.open(Path(folder) / "run", replicas), watch=commits, workers=workers)
         with sampling.canvas:
             replicas.start()
             sample_large(sampling)
-            replicas.coordinated()
+            replicas.tick()
     rate = float((1 / seconds).sum() * seconds.min())  # in replicas of the fastest kind
     count = replicas.batches / steps  # the guide's decoding among them
     steady = (commits.at[-2] - commits.at[1]) / (steps - 2)

@@ -58,6 +58,26 @@ def parse(argv: Sequence[str], schema: type[T], prog: str, description: str, fir
     return config
 
 
+def peek(argv: Sequence[str], key: str, known: Sequence[str], prog: str) -> str:
+    """Return what a command line says of a top-level key that decides the schema, `known[0]` where it says nothing.
+
+    Anything else than one of `known` stops with exit code 2; what cannot be read is left to `parse`.
+    """
+    found: object = known[0]
+    for name in _config_files(argv):
+        try:
+            content = yaml.safe_load(Path(_located(name, "--config")).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, UsageError, yaml.YAMLError):
+            continue
+        found = content.get(key, found) if isinstance(content, dict) else found
+    for token, after in zip(argv, [*argv[1:], ""], strict=True):
+        if token.partition("=")[0] == f"--{key}":
+            found = token.partition("=")[2] or after
+    if found not in known:
+        _stop(prog, f"{key} must be one of {', '.join(known)}; got {found!r}.")
+    return str(found)
+
+
 def take(argv: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
     """Part a command line in two: a last word that is no flag's value, then the flags of `schema`; and the rest."""
     names = {f"--{field.name}" for field in fields(schema)}
@@ -70,23 +90,6 @@ def take(argv: Sequence[str], schema: type) -> tuple[list[str], list[str]]:
         group = [word, words.pop(0)] if _awaits_value(word) and words and not words[0].startswith("--") else [word]
         (own if word.partition("=")[0] in names else rest).extend(group)
     return own, rest
-
-
-def peek(argv: Sequence[str], key: str, default: str, prog: str) -> str:
-    """Return what a command line or its config files say of one key, before the schema is known."""
-    try:
-        argv = [_located(t, p) for p, t in zip(["", *argv], argv, strict=False)]
-        found = default
-        for name in _config_files(argv):
-            content = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-            found = content.get(key, found) if isinstance(content, dict) else found
-    except UsageError as error:
-        _stop(prog, str(error))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        _stop(prog, f"--config must name a readable YAML file: {' '.join(str(error).split())}")
-    flag = f"--{key}"
-    after = [t for p, t in zip(argv, argv[1:], strict=False) if p == flag]
-    return str([found, *after, *(t.removeprefix(flag + "=") for t in argv if t.startswith(flag + "="))][-1])
 
 
 def _awaits_value(word: str) -> bool:

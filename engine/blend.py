@@ -62,7 +62,9 @@ class RowAverager:
         """
         rows = max(min(y - self.y0, self._sum.shape[1]), 0)
         mass = self._mass[:, :rows]
-        if rows and not mass.all():
+        if not rows:  # after most tiles; the rows below must not be copied then
+            return self._sum[:, :0]
+        if not mass.all():
             _, bad_y, bad_x = np.argwhere(mass == 0)[0]
             raise ValueError(f"every px must be covered by a tile; (y={self.y0 + bad_y}, x={bad_x}) is not.")
         out = self._sum[:, :rows] / mass

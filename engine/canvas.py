@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Self
 
@@ -39,6 +40,7 @@ class Canvas:
         used = {(n, b) for n, committed in state.buffers.items() for b in (committed, *self._pair) if b is not None}
         self._arrays = {(n, b): open_array(arrays, self._place, n, b, levels[n]) for n, b in used}
         self._written: dict[str, set[int]] = {}
+        self._marking = Lock()
         self._writers = ChunkWriters(folder, state.commits) if record_writers else None
         check_marks(self._arrays, state, f"{storage.where}/state.json")
 
@@ -125,7 +127,7 @@ class Canvas:
         """Write rows, float32 (3, n, w), into the level's other buffer; they count from `commit` on.
 
         One band at a time: y0 is a multiple of 256 and the rows are 256 or the last remainder, so that no two
-        writers ever share a chunk.
+        writers ever share a chunk. Threads may write bands side by side; `commit` waits for none of them.
         Raises: ValueError for other shapes; CanvasError if a value is not finite or the disk refuses.
         """
         height, width = self._size(level)
@@ -145,13 +147,16 @@ class Canvas:
         if self._writers is not None:
             self._writers.claim(self._state.commits + 1, array.path, y0 // BAND, -(-width // BAND))
         try:
-            if level not in self._written:
-                mark(array, None)
+            with self._marking:
+                if level not in self._written:
+                    mark(array, None)
+                    self._written[level] = set()
             array[:, y0 : y0 + wanted[1]] = rows
+            self._storage.settle(array.path, y0 // BAND, -(-width // BAND))
         except (OSError, *self._storage.unreachable) as error:
             what = f"{array.path}, rows {y0}..{y0 + wanted[1]}, cannot be written"
             raise self._storage.failed(error, what, canvas_nbytes(self.levels)) from error
-        self._written.setdefault(level, set()).add(y0 // BAND)
+        self._written[level].add(y0 // BAND)
 
     def written(self, level: str, y0: int, y1: int) -> bool:
         """Say whether all bands under rows y0..y1 were written since the last commit."""

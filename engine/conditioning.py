@@ -15,21 +15,26 @@ MAX_CELLS = 8
 _PARALLEL = 0.9995
 
 
-def slerp(a: NDArray[np.float32], b: NDArray[np.float32], f: float) -> NDArray[np.float32]:
-    """Interpolate along the great circle between the columns of a and b, both (D, ...); lerp where nearly parallel.
+def slerp(
+    a: NDArray[np.float32], b: NDArray[np.float32], f: float | NDArray[np.float64], axis: int = 0
+) -> NDArray[np.float32]:
+    """Interpolate along the great circle between the vectors of a and b; lerp where nearly parallel.
 
+    Vectors lie along `axis`; an array f (one fraction each) has length 1 there. f = 0 gives a, to the bit.
     Source: Shoemake 1985; the 0.9995 bound as in the published recipe.
     """
-    if f == 0:
+    if not np.any(f):
         return a
-    norms = np.linalg.norm(a, axis=0) * np.linalg.norm(b, axis=0)
-    cosine = np.clip((a * b).sum(0) / np.maximum(norms, 1e-12), -1, 1)
+    to_b, to_a = np.float32(f), np.float32(1 - f)
+    norms = np.linalg.norm(a, axis=axis, keepdims=True) * np.linalg.norm(b, axis=axis, keepdims=True)
+    cosine = np.clip((a * b).sum(axis, keepdims=True) / np.maximum(norms, 1e-12), -1, 1)
     lerp = np.abs(cosine) > _PARALLEL
-    theta = np.arccos(np.where(lerp, 0.0, cosine))
+    theta = np.arccos(np.where(lerp, np.float32(0), cosine))
     sine = np.sin(theta)
-    wa = np.where(lerp, 1 - f, np.sin((1 - f) * theta) / sine)
-    wb = np.where(lerp, f, np.sin(f * theta) / sine)
-    return (wa * a + wb * b).astype(np.float32)
+    wa = np.where(lerp, to_a, np.sin(to_a * theta) / sine)
+    wb = np.where(lerp, to_b, np.sin(to_b * theta) / sine)
+    mixed = (wa * a + wb * b).astype(np.float32)
+    return mixed if np.all(f) else np.where(np.equal(f, 0), a, mixed)
 
 
 def extend_grid(grid: NDArray[np.float32], cells_h: int, cells_w: int) -> NDArray[np.float32]:
@@ -60,3 +65,45 @@ def tile_cells(grid: NDArray[np.float32], y: int, x: int, factor: int) -> NDArra
         share = factor // MAX_CELLS
         cells = reduce(cells, "d (h a) (w b) -> d h w", "mean", a=share, b=share)
     return np.ascontiguousarray(cells, dtype=np.float32)
+
+
+def _fine_cells(grid: NDArray[np.float32], corners: NDArray[np.intp]) -> NDArray[np.float32]:
+    """Return the cell of each tile of the base level, (B, D, 1, 1), to the bit what `tile_cells` gives one by one.
+
+    `corners` is (B, 2). All tiles are mixed at once: there are more of them than of all other levels together.
+    """
+    at = corners / TILE_LATENT_PX
+    first = np.floor(at).astype(np.intp)
+    fy, fx = (at - first).T[..., None]
+    last = np.array(grid.shape[1:]) - 1
+    (top, left), (bottom, right) = np.clip(first, 0, last).T, np.minimum(np.clip(first, 0, last) + 1, last).T
+
+    def cells(y: NDArray[np.intp], x: NDArray[np.intp]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(grid[:, y, x].T)  # (B, D): sums run along memory, as over one tile's vector
+
+    upper = slerp(cells(top, left), cells(top, right), fx, axis=1)
+    lower = slerp(cells(bottom, left), cells(bottom, right), fx, axis=1)
+    return slerp(upper, lower, fy, axis=1)[..., None, None]
+
+
+class TileVectors:
+    """The SSL vectors of batches of tiles over one grid (D, h, w); every step asks for the same."""
+
+    def __init__(self, grid: NDArray[np.float32], kept_nbytes: int = 128 * 2**20) -> None:
+        """Up to `kept_nbytes` are kept, of what is asked for first: coarse levels, whose tiles mix factor² cells."""
+        self._grid, self._room = grid, kept_nbytes
+        self._kept: dict[tuple[int, tuple[tuple[int, int], ...]], NDArray[np.float32]] = {}
+
+    def under(self, corners: list[tuple[int, int]], factor: int) -> NDArray[np.float32]:
+        """Return the vectors under tiles of a level, float32 (B, D, n, n) as `tile_cells` gives them."""
+        key = factor, tuple(corners)
+        if key in self._kept:
+            return self._kept[key]
+        if factor == 1:
+            cells = _fine_cells(self._grid, np.array(corners))
+        else:
+            cells = np.stack([tile_cells(self._grid, y, x, factor) for y, x in corners])
+        if cells.nbytes <= self._room:
+            self._kept[key] = cells
+            self._room -= cells.nbytes
+        return cells

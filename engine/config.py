@@ -31,6 +31,8 @@ class ModelConfigSection:
     """Sub-folder of the source: brca or naip for the published weights."""
     encoder_source: str | None = None
     """Folder or Hub id of the SSL encoder; None takes the one the model was trained with."""
+    cdm_source: str | None = None
+    """Folder or published file of the CDM, for condition cdm; None takes the one in the model's folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where replicas compute; auto takes a GPU when there is one."""
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"

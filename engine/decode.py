@@ -10,7 +10,7 @@ import numpy as np
 from engine.blend import RowAverager, gaussian_weight
 from engine.canvas import BAND
 from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
-from engine.predict import DecodeBatch, DenoiseTiles
+from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles
 from engine.strips import BandReader, ReadRows, cut, gather_tiles
 from engine.tiles import Box, Tiling, touching
 
@@ -24,19 +24,32 @@ def decode_rows(
     key: str,
     start: int = 0,
 ) -> Iterator[np.ndarray]:
-    """Yield the picture from latent row `start` on, top to bottom: float32 (3, n, 4·width), not clamped.
+    """Return the picture from latent row `start` on, top to bottom: rows float32 (3, n, 4·width), not clamped.
 
-    `size` is (height, width) in latent px. Batches are the same whatever `start` is; those above it are skipped.
+    `size` is (height, width) in latent px. Batches are the same whatever `start` is; those above it are skipped. The
+    denoiser has its batches from the call on, so that a picture can be decoded beside other work.
     """
-    height, width = size
     first_row = next(r for r, y in enumerate(tiling.ys) if y + TILE_LATENT_PX > start)
     first_tile = first_row * len(tiling.xs)
     batches = [b for b in tiling.batches() if b[-1] >= first_tile]
-    averager = RowAverager(3, width * LATENT_FACTOR, gaussian_weight(TILE_PX, sigma))
+    windows = (DecodeBatch(f"{key}/{b[0] // tiling.batch_size}", b, gather_tiles(read, tiling, b)) for b in batches)
+    averager = RowAverager(3, size[1] * LATENT_FACTOR, gaussian_weight(TILE_PX, sigma))
     averager.y0 = tiling.ys[first_row] * LATENT_FACTOR
     surplus = (start - tiling.ys[first_row]) * LATENT_FACTOR
-    windows = (DecodeBatch(f"{key}/{b[0] // tiling.batch_size}", b, gather_tiles(read, tiling, b)) for b in batches)
-    for tiles, answer in zip(batches, denoiser.decode(windows), strict=True):
+    answers = zip(batches, denoiser.decode(windows), strict=True)
+    return _averaged(answers, averager, tiling, size[0], first_tile, surplus)
+
+
+def _averaged(
+    answers: Iterable[tuple[tuple[int, ...], DecodedBatch]],
+    averager: RowAverager,
+    tiling: Tiling,
+    height: int,
+    first_tile: int,
+    surplus: int,
+) -> Iterator[np.ndarray]:
+    """Yield finished rows from `first_tile` on, without the `surplus` px rows above those asked for."""
+    for tiles, answer in answers:
         for tile, image in zip(tiles, answer.images, strict=False):
             if tile < first_tile:
                 continue

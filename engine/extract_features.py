@@ -17,12 +17,14 @@ from pathlib import Path
 
 from engine.arguments import parse_with_flags
 from engine.errors import EngineError
-from engine.extraction import Crew, extract, slides_of
+from engine.extraction import extract
 from engine.extraction_config import ExtractConfig
-from engine.extraction_local import extract_alone
-from engine.extraction_report import FAILED
+from engine.extraction_local import ExtractStages, extract_alone
 from engine.progress import Progress
 from engine.ray_address import announce_address
+from engine.slide_crew import Crew
+from engine.slide_report import FAILED
+from engine.slide_run import slides_of
 from engine.slides.resolution import read_overrides
 from engine.slides.table import format_table, inspect_slides, write_csv
 
@@ -74,10 +76,10 @@ def extract_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Cr
     """Compute on the replicas of a Ray cluster, or of a private Ray."""
     announce_address(config.ray.address)
     from actors.cluster import connect  # Ray is imported only by runs that use it
-    from actors.extraction import work_on_ray
+    from actors.slide_pipeline import work_on_ray
 
     with connect(config.ray):
-        yield work_on_ray(config, names)
+        yield work_on_ray(ExtractStages(config, names))
 
 
 if __name__ == "__main__":

@@ -17,11 +17,12 @@ from engine.errors import CheckpointError, EngineError, SlideError
 from engine.extraction_config import ExtractConfig
 from engine.features import DiffusionEncoder, TileEncoder, TilePixels, cell_grids, encode_all
 from engine.magnification import TILE_PX
+from engine.slide_crew import BlockResult, SlideFailure
 from engine.slides.grid import PARENT_FACTOR, ParentPixels, TileGrid, plan_grid, read_parent
 from engine.slides.resolution import Resolution, read_overrides
 from engine.slides.slide import OpenSlides, Slide
 from engine.slides.thumbnail import draw_thumbnail
-from engine.slides.tissue import Overview, TissueMask, method_of, read_overview
+from engine.slides.tissue import Overview, TissueConfig, TissueMask, method_of, read_overview
 from engine.slides.tissue_geojson import read_tissue
 
 Ranges = Sequence[tuple[int, int]]
@@ -87,7 +88,7 @@ class BlockPixels:
 
 
 @dataclass(frozen=True)
-class BlockFeatures:
+class BlockFeatures(BlockResult):
     """The vectors of a block."""
 
     slide: str
@@ -100,21 +101,10 @@ class BlockFeatures:
     read_s: float
     encode_s: float
     waited_s: float = 0.0
-    """How long the encoder had nothing to do before this block; its first block does not count."""
 
     @property
     def tiles(self) -> int:
         return sum(len(valid) for valid in self.valid.values())
-
-
-@dataclass(frozen=True)
-class SlideFailure:
-    """Why a slide cannot be done."""
-
-    slide: str
-    path: Path
-    code: str
-    message: str
 
 
 Planned = SlidePlan | TileBlock | SlideFailure
@@ -155,7 +145,7 @@ class SlideWorker:
         try:
             slide = self._slides.get(task.path)
             overview = read_overview(slide, self._config.finder.mpp)
-            tissue = self._tissue(slide, overview)
+            tissue = tissue_of(slide, overview, self._config.finder, self._config.tissue)
             grid = plan_grid(slide, tissue, self._config.grid)
         except EngineError as error:
             yield SlideFailure(task.slide, task.path, getattr(error, "code", "bad_tissue"), str(error))
@@ -168,13 +158,6 @@ class SlideWorker:
                         thumbnail, blocks, seconds)  # fmt: skip
         for first, stop in blocks:
             yield TileBlock(task.slide, task.path, size, _part(grid, first, stop), first, grid.children(first).start)
-
-    def _tissue(self, slide: Slide, overview: Overview) -> TissueMask:
-        """Return the tissue that was drawn, or else found. Raises EngineError for a file that is not there or wrong."""
-        if self._config.tissue is not None:
-            return read_tissue(Path(self._config.tissue) / f"{slide.name}.geojson", slide, self._config.finder.mpp)
-        mask = method_of(self._config.finder)(overview)
-        return TissueMask(mask, overview.scale, (slide.width, slide.height))
 
     def read(self, block: TileBlock) -> BlockPixels | SlideFailure:
         """Read the pixels of a block."""
@@ -203,6 +186,16 @@ class SlideWorker:
             sum(p.damaged for p in pixels),
             time.perf_counter() - start,
         )
+
+
+def tissue_of(slide: Slide, overview: Overview, finder: TissueConfig, drawn: str | None) -> TissueMask:
+    """Return the tissue that was drawn (SLIDE.geojson in the folder `drawn`), or else found.
+
+    Raises: EngineError for a file that is not there or wrong.
+    """
+    if drawn is not None:
+        return read_tissue(Path(drawn) / f"{slide.name}.geojson", slide, finder.mpp)
+    return TissueMask(method_of(finder)(overview), overview.scale, (slide.width, slide.height))
 
 
 def _part(grid: TileGrid, first: int, stop: int) -> TileGrid:

@@ -1,45 +1,34 @@
-"""Plan, read and encode in this process, one block read ahead; the specification of every other crew.
+"""What a process needs to do its part of an extraction, and the crew that is this process alone. It knows no bags."""
 
-It does not know bags. Same functions as on Ray, so the same features.
-"""
-
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
 
-from engine.extraction import Crew
-from engine.extraction_blocks import BlockEncoder, BlockPixels, Message, SlideFailure, SlidePlan, SlideTask, SlideWorker
+from engine.extraction_blocks import BlockEncoder, BlockPixels, SlideWorker, TileBlock
 from engine.extraction_config import ExtractConfig
 from engine.extraction_encoders import load_encoders
-from engine.run import choose_device, pin_arithmetic
+from engine.slide_crew import Crew, work_alone
+
+
+@dataclass(frozen=True)
+class ExtractStages:
+    """Slides → plans and blocks → pixels → vectors, at two magnifications."""
+
+    config: ExtractConfig
+    names: tuple[str, str]
+    block: ClassVar[type] = TileBlock
+    pixels: ClassVar[type] = BlockPixels
+
+    def worker(self) -> SlideWorker:
+        return SlideWorker(self.config, self.names)
+
+    def encoder(self, device: str) -> BlockEncoder:
+        return BlockEncoder(load_encoders(self.config, device))
 
 
 @contextmanager
 def extract_alone(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
     """Compute here, without Ray (ray.enabled=false)."""
-    device = choose_device(config.model.device)
-    pin_arithmetic(config.model.threads)
-    worker, encoder = SlideWorker(config, names), BlockEncoder(load_encoders(config, device))
-    yield Crew(lambda tasks: _work(worker, encoder, tasks), device, lambda: 1)
-
-
-def _work(worker: SlideWorker, encoder: BlockEncoder, tasks: Sequence[SlideTask]) -> Iterator[Message]:
-    source = _pixels(worker, tasks)
-    with ThreadPoolExecutor(1) as ahead:  # reading releases the interpreter: the next block is read meanwhile
-        coming = ahead.submit(next, source, None)
-        while (item := coming.result()) is not None:
-            coming = ahead.submit(next, source, None)
-            yield encoder.encode(item) if isinstance(item, BlockPixels) else item
-
-
-def _pixels(worker: SlideWorker, tasks: Sequence[SlideTask]) -> Iterator[SlidePlan | BlockPixels | SlideFailure]:
-    """Yield plans, pixels and failures; of a slide that failed, nothing more."""
-    for task in tasks:
-        for planned in worker.plan(task):
-            if isinstance(planned, SlidePlan | SlideFailure):
-                yield planned
-                continue
-            pixels = worker.read(planned)
-            yield pixels
-            if isinstance(pixels, SlideFailure):
-                break
+    with work_alone(ExtractStages(config, names)) as crew:
+        yield crew

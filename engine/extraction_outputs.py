@@ -5,7 +5,7 @@ Invariant: a block that was taken survives a kill; files appear whole. It does n
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine import __version__
@@ -16,8 +16,10 @@ from engine.errors import BagError, BagMismatchError, SlideError
 from engine.extraction_blocks import BlockFeatures, SlidePlan, SlideTask
 from engine.extraction_config import ExtractConfig
 from engine.extraction_encoders import EncoderFacts
-from engine.extraction_report import DONE, SlideRecord
+from engine.extraction_report import SlideRecord
+from engine.slide_report import DONE
 from engine.slides.grid import PARENT_FACTOR
+from engine.slides.table import note_on
 from engine.slides.tissue_geojson import write_tissue
 from engine.state import write_atomically
 
@@ -57,6 +59,10 @@ class SlideOutputs:
         if not todo and all(p.is_file() for p in beside):
             return None
         return SlideTask(slide, path, tuple(written(self._bag(name, slide), self.names) for name in todo))
+
+    def record(self, slide: str, path: Path, status: str) -> SlideRecord:
+        """Return the record of a slide of which this run knows no more."""
+        return SlideRecord(slide, str(path), status)
 
     def begin(self, plan: SlidePlan) -> SlideRecord | None:
         """Take up a slide; return its record if no block is missing. Raises: BagError, CanvasError, SlideError."""
@@ -124,10 +130,13 @@ class SlideOutputs:
 
     def _record(self, slide: _OpenSlide, masked: tuple[int, int]) -> SlideRecord:
         plan = slide.plan
+        code, message = note_on(plan.slide, len(plan.grid), plan.resolution)
         return SlideRecord(
             slide=plan.slide,
             path=str(plan.path),
             status=DONE,
+            code=code,
+            message=message,
             tiles_20x=len(plan.grid),
             tiles_5x=len(plan.grid.parent_coords),
             masked_20x=masked[0],
@@ -198,9 +207,3 @@ class SlideOutputs:
         """Return the path of a slide's file of another kind. A link there is replaced, not followed."""
         (self.folder / kind).mkdir(parents=True, exist_ok=True)
         return self.folder / kind / (slide + suffix)
-
-
-def failure(old: SlideRecord | None, slide: str, path: Path, status: str, code: str, message: str) -> SlideRecord:
-    """Return the record of a slide that failed; what an earlier run knew of it stays."""
-    base = old or SlideRecord(slide, str(path), status)
-    return replace(base, status=status, code=code, message=message)

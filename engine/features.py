@@ -77,9 +77,9 @@ class TileEncoder(Protocol):
 class FeatureConfig:
     """What of the U-Net becomes a tile's vector."""
 
-    blocks: tuple[str, ...] = ("up.1",)
+    blocks: tuple[str, ...] = ("up.3",)
     """U-Net blocks whose spatial means are joined: down.0 (finest) ..., mid, up.0 (coarsest) ..."""
-    timestep: int = 100
+    timestep: int = 300
     """Timestep the latents are noised to: 0 (almost clean) to 999."""
     condition: Literal["null", "own"] = "null"
     """null: no condition; own: each tile's own SSL vectors and magnification, which costs an SSL encoder."""

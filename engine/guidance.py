@@ -78,7 +78,7 @@ class LinearGuidance:
     def correct(self, x0: Tensor, wished: Tensor, q: int) -> Tensor:
         missing = wished - self.colour.colour(box_reduce(x0, q))
         move = torch.einsum("ij,bjhw->bihw", self.colour.inverse(self.damping).to(x0), missing)
-        return x0 + self.strength * _spread(move, q)
+        return _moved(x0, self.strength, move, q)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,13 @@ class ProbeGuidance:
                 optimiser.zero_grad()
                 F.mse_loss(self.probe(start + _spread(move, q), q), wish, reduction="sum").backward()
                 optimiser.step()
-        return x0 + self.strength * _spread(move.detach(), q)
+        return _moved(x0, self.strength, move.detach(), q)
+
+
+def _moved(x0: Tensor, strength: float, move: Tensor, q: int) -> Tensor:
+    """Return x0 + strength · move spread over its cells, with one array of x0's size beside it."""
+    spread = _spread(move, q)
+    return (strength * spread if spread is move else spread.mul_(strength)).add_(x0)
 
 
 def _spread(move: Tensor, q: int) -> Tensor:
@@ -134,7 +140,9 @@ def steer_rows(
     height, width = rows.shape[1] + above, rows.shape[2] + left
     cells_h, cells_w = -(-height // q), -(-width // q)
     border = (left, cells_w * q - width, above, cells_h * q - height)
-    x0 = F.pad(torch.from_numpy(rows)[None], border, mode="replicate")
+    x0 = torch.from_numpy(rows)[None]
+    if any(border):
+        x0 = F.pad(x0, border, mode="replicate")
     wished = guide.cells(top // q, top // q + cells_h, cells_w)
     corrected = guidance.correct(x0, wished, q)
     return corrected[0, :, y0 - top + above : y1 - top + above, left:width].numpy()

@@ -21,24 +21,36 @@ def _stream_key(seed: int, stream: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def noise_block(seed: int, stream: str, step: int, block_y: int, block_x: int) -> np.ndarray:
-    """Return standard normal float32 (3, 64, 64) for one block."""
+def _generator(seed: int, stream: str, *words: int) -> np.random.Generator:
     # The key names the stream; the upper counter words name the block, so blocks never share numbers.
-    counter = np.array([0, step, block_y, block_x], dtype=np.uint64)
+    counter = np.array([0, *words], dtype=np.uint64)
     key = np.array([_stream_key(seed, stream), 0], dtype=np.uint64)
-    generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    return generator.standard_normal((LATENT_CHANNELS, BLOCK, BLOCK), dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def noise_array(seed: int, stream: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Return standard normal float32 of any shape, drawn at once: what is no part of a canvas."""
+    return _generator(seed, stream, 0, 0, 0).standard_normal(shape, dtype=np.float32)
+
+
+def noise_block(
+    seed: int, stream: str, step: int, block_y: int, block_x: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Return standard normal float32 (3, 64, 64) for one block, in `out` if that is given."""
+    generator = _generator(seed, stream, step, block_y, block_x)
+    return generator.standard_normal((LATENT_CHANNELS, BLOCK, BLOCK), dtype=np.float32, out=out)
 
 
 def noise_rows(seed: int, stream: str, step: int, rows: tuple[int, int], width: int) -> np.ndarray:
     """Return the noise of latent rows [y0, y1) of a canvas `width` latent px wide: float32 (3, y1-y0, width)."""
     y0, y1 = rows
     out = np.empty((LATENT_CHANNELS, y1 - y0, width), np.float32)
+    block = np.empty((LATENT_CHANNELS, BLOCK, BLOCK), np.float32)
     for block_y in range(y0 // BLOCK, -(-y1 // BLOCK)):
         top, bottom = max(y0, block_y * BLOCK), min(y1, (block_y + 1) * BLOCK)
         for block_x in range(-(-width // BLOCK)):
             left, right = block_x * BLOCK, min(width, (block_x + 1) * BLOCK)
-            block = noise_block(seed, stream, step, block_y, block_x)
+            noise_block(seed, stream, step, block_y, block_x, block)
             out[:, top - y0 : bottom - y0, left:right] = block[
                 :, top - block_y * BLOCK : bottom - block_y * BLOCK, : right - left
             ]

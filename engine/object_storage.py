@@ -94,6 +94,9 @@ class ObjectStorage:
         self._sweep(state)
         return state
 
+    def settle(self, array: str, row: int, columns: int) -> None:
+        """Do nothing, as `sync`."""
+
     def sync(self, arrays: Iterable[str]) -> None:
         """Do nothing: an object that was accepted is durable."""
 

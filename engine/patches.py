@@ -13,6 +13,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+from torch import Tensor
 
 from engine.magnification import TILE_LATENT_PX
 from engine.model.zoomldm import ZoomLDM
@@ -41,14 +42,19 @@ class PatchSampler:
 
     @torch.inference_mode()
     def draw(self, model: ZoomLDM, cells: list[np.ndarray], magnification: int, first: int = 0) -> np.ndarray:
-        """Draw one patch per SSL grid (D, h, w): float32 (B, 3, 256, 256), about [−1, 1].
+        """Draw one patch per SSL grid (D, h, w), as `draw_from` does from their summaries."""
+        grids = [torch.from_numpy(c).to(model.device) for c in cells]
+        return self.draw_from(model, model.summarize(grids, [magnification] * len(cells)), first)
+
+    @torch.inference_mode()
+    def draw_from(self, model: ZoomLDM, context: Tensor, first: int = 0) -> np.ndarray:
+        """Draw one patch per summary (B, T, C): float32 (B, 3, 256, 256), about [−1, 1].
 
         `first` numbers the patches, so that patch n's starting noise does not depend on how they are batched.
         """
         scheduler = self._scheduler(model)
-        context = model.summarize([torch.from_numpy(c).to(model.device) for c in cells], [magnification] * len(cells))
         size = (0, TILE_LATENT_PX)
-        noise = [noise_rows(self.seed, f"patch/{first + i}", 0, size, TILE_LATENT_PX) for i in range(len(cells))]
+        noise = [noise_rows(self.seed, f"patch/{first + i}", 0, size, TILE_LATENT_PX) for i in range(len(context))]
         x = torch.from_numpy(np.stack(noise)).to(model.device) * float(scheduler.init_noise_sigma)
         generator = torch.Generator(model.device).manual_seed(self.seed + first)
         takes_generator = isinstance(scheduler, DDPMScheduler)

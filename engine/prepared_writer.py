@@ -81,15 +81,13 @@ def slide_folder(folder: Path, slide: str) -> Path:
     return path
 
 
-def finished_blocks(folder: Path, slide: str, plan_digest: str | None = None) -> frozenset[int]:
-    """Return the blocks that an unfinished slide has; none if they are of another plan."""
+def journal_of(folder: Path, slide: str) -> tuple[str, frozenset[int]]:
+    """Return the digest of an unfinished slide's plan and the blocks that are written; "" and none if it is new."""
     path = slide_folder(folder, slide) / JOURNAL
     if not path.is_file():
-        return frozenset()
-    first, *lines = path.read_text(errors="replace").split("\n")
-    if plan_digest is not None and first != plan_digest:
-        return frozenset()
-    return frozenset(int(line) for line in lines[:-1] if line.isdecimal())  # the last one may be torn
+        return "", frozenset()
+    digest, *lines = path.read_text(errors="replace").split("\n")
+    return digest, frozenset(int(line) for line in lines[:-1] if line.isdecimal())  # the last one may be torn
 
 
 class PreparedWriter:
@@ -102,7 +100,8 @@ class PreparedWriter:
         """
         self.folder, self.shared, self.plan = slide_folder(folder, facts.slide), shared, plan
         self.facts = replace(facts, counts=plan.counts)
-        self.done = set(finished_blocks(folder, facts.slide, plan.digest))
+        digest, done = journal_of(folder, facts.slide)
+        self.done = set(done) if digest == plan.digest else set()
         self._files = array_files(self.facts, shared)
         try:
             if self.done:  # written again, because a kill may have torn its last line

@@ -59,7 +59,7 @@ class Progress:
             self._begin(name, done, total)
         if self._bar is not None:
             self._bar.update(done - self._bar.n)
-        elif done > self._start_step and (done == total or time.monotonic() - self._line_at >= LINE_EVERY_S):
+        elif self._line_is_due(done, total):
             self._line_at = time.monotonic()
             self.say(f"{name}: step {done}/{total}, {self._speed()}, {self._remaining(done, total)}")
         if done == total:
@@ -92,13 +92,21 @@ class Progress:
         if self.out.isatty():
             self._bar = tqdm(desc=name, initial=done, total=total, unit="step", file=self.out)
 
+    def _line_is_due(self, done: int, total: int) -> bool:
+        """Say the first step at once and the last; between them, and before them, a sign of life now and then."""
+        moved = done > self._start_step
+        since = self._line_at if moved else max(self._line_at, self._start_s)
+        return (moved and done == total) or time.monotonic() - since >= LINE_EVERY_S
+
     def _speed(self) -> str:
         seconds = max(time.monotonic() - self._start_s, 1e-9)
         text = f"{(self.tile_count - self._start_tiles) / seconds:.1f} tiles/s"
         return text if self.replicas is None else f"{text}, {self.replicas()} replica(s) alive"
 
     def _remaining(self, done: int, total: int) -> str:
-        each = (time.monotonic() - self._start_s) / max(done - self._start_step, 1)
+        if done == self._start_step:
+            return "time left not known yet"
+        each = (time.monotonic() - self._start_s) / (done - self._start_step)
         return f"{(total - done) * each:.0f} s left"
 
 
@@ -124,31 +132,30 @@ class TimedDenoiser:
     def __init__(self, inner: DenoiseTiles) -> None:
         self._inner = inner
         self.waited_s = 0.0
+        self._making = Clock()
 
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]:
-        yield from self._timed(self._inner.denoise, batches)
+        return self._timed(self._inner.denoise(self._watched(batches)))
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
-        yield from self._timed(self._inner.decode, batches)
+        return self._timed(self._inner.decode(self._watched(batches)))
 
-    def _timed(self, function: Callable[[Iterable[B]], Iterator[A]], batches: Iterable[B]) -> Iterator[A]:
-        making = Clock()
-
-        def watched() -> Iterator[B]:
-            source = iter(batches)
-            while True:
-                with making.phase("batches"):
-                    found = list(islice(source, 1))
-                if not found:
-                    return
-                yield found[0]
-
-        answers = function(watched())
+    def _watched(self, batches: Iterable[B]) -> Iterator[B]:
+        source = iter(batches)
         while True:
-            made, start = making.seconds.get("batches", 0.0), time.perf_counter()
+            with self._making.phase("batches"):
+                found = list(islice(source, 1))
+            if not found:
+                return
+            yield found[0]
+
+    def _timed(self, answers: Iterator[A]) -> Iterator[A]:
+        made = self._making.seconds
+        while True:
+            before, start = made.get("batches", 0.0), time.perf_counter()
             answer = next(answers, None)
-            # Batches are cut inside next(); that part is the coordinator's own work.
-            self.waited_s += time.perf_counter() - start - (making.seconds.get("batches", 0.0) - made)
+            # Batches are cut inside next(), of whichever run; that part is the coordinator's own work.
+            self.waited_s += time.perf_counter() - start - (made.get("batches", 0.0) - before)
             if answer is None:
                 return
             yield answer

@@ -1,19 +1,23 @@
 """Draw single patches at one of the model's magnifications, beside the reference patches they imitate.
 
     python -m engine.sample --config configs/demo.yaml --magnification 5x --count 16
+    python -m engine.sample --condition cdm --magnification 1.25x      (no reference: the CDM draws the conditions too)
 
 Writes one PNG per patch and contact_sheet.png (reference left, drawn right).
 Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import PIL.Image
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from engine.arguments import parse
 from engine.conditions import DEMO_GRID
@@ -21,11 +25,13 @@ from engine.config import RunConfig
 from engine.decode import to_uint8
 from engine.errors import EngineError
 from engine.magnification import TILE_PX
+from engine.model.cdm_store import load_cdm
 from engine.model.encoders import load_encoder
 from engine.model.zoomldm import ZoomLDM
 from engine.patches import SCHEDULERS, PatchSampler
 from engine.reference import embedding_grid, read_embeddings, read_reference
 from engine.run import choose_device, encoder_device, load_model, pin_arithmetic
+from engine.summaries import sample_summaries
 
 _GAP_PX = 8
 
@@ -34,6 +40,11 @@ _GAP_PX = 8
 class SampleConfig(RunConfig):
     """Command 1's keys (canvas, guidance, refine and ray are not used), and what patches need."""
 
+    condition: Literal["grid", "cdm"] = "grid"
+    """grid: patches imitate cells of the reference, the embeddings or the demo's grid. cdm: the model's CDM draws the
+    conditions, too."""
+    cdm_steps: int = 200
+    """cdm: steps of a summary."""
     magnification: str | None = None
     """One of the model's magnifications; None takes the base."""
     count: int = 16
@@ -51,9 +62,13 @@ class SampleConfig(RunConfig):
         super().__post_init__()
         if self.scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler must be one of {', '.join(SCHEDULERS)}; got {self.scheduler!r}.")
-        for name, low in (("count", 1), ("steps", 1), ("scale", 1.0)):
+        for name, low in (("count", 1), ("steps", 1), ("scale", 1.0), ("cdm_steps", 2)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}; got {getattr(self, name)}.")
+        if self.condition == "cdm" and (self.reference or self.embeddings):
+            raise ValueError(
+                "condition cdm takes neither reference nor embeddings; got one. Drop it, or the condition."
+            )
 
 
 @dataclass(frozen=True)
@@ -109,9 +124,32 @@ def sample(config: SampleConfig) -> Path:
     """Draw the patches; return the contact sheet."""
     pin_arithmetic(config.model.threads)
     model = load_model(config).to(choose_device(config.model.device))
-    scale = model.config.scale
-    name = config.magnification or scale.base
-    index, factor = scale.index(name), scale.factor(name)
+    name = config.magnification or model.config.scale.base
+    index = model.config.scale.index(name)
+    sampler = PatchSampler(config.scheduler, config.steps, config.scale, config.sampling.seed)
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    conditions = summaries_drawn if config.condition == "cdm" else summaries_of_cells
+    pairs, size = [], config.sampling.batch_size
+    for first, (context, references) in zip(
+        range(0, config.count, size), conditions(config, model, index), strict=True
+    ):
+        images = to_uint8(sampler.draw_from(model, context, first)).transpose(0, 2, 3, 1)
+        for i, image in enumerate(images, start=first):
+            PIL.Image.fromarray(image).save(folder / f"{name}_{i:04d}.png")
+        pairs += list(zip(references, images, strict=True))
+    sheet = folder / "contact_sheet.png"
+    PIL.Image.fromarray(contact_sheet(pairs)).save(sheet)
+    return sheet
+
+
+Batch = tuple[Tensor, list[np.ndarray | None]]
+"""Summaries (B, T, C), and per patch the picture it imitates, where there is one."""
+
+
+def summaries_of_cells(config: SampleConfig, model: ZoomLDM, index: int) -> Iterator[Batch]:
+    """Yield the summaries of cells of the source, spread over it, batch by batch. Raises EngineError."""
+    factor = model.config.scale.factor(model.config.magnifications[index])
     source = read_source(config, model)
     if source.grid.shape[0] != model.config.ssl_dim:
         raise EngineError(
@@ -119,19 +157,22 @@ def sample(config: SampleConfig) -> Path:
             f"{source.grid.shape[0]}. Embed it with that encoder, or pass --reference."
         )
     corners = source.corners(factor, config.count)
-    cells = [source.grid[:, y : y + factor, x : x + factor] for y, x in corners]
-    sampler = PatchSampler(config.scheduler, config.steps, config.scale, config.sampling.seed)
-    folder = Path(config.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs = []
     for first in range(0, config.count, config.sampling.batch_size):
-        images = sampler.draw(model, cells[first : first + config.sampling.batch_size], index, first)
-        for i, image in enumerate(to_uint8(images).transpose(0, 2, 3, 1), start=first):
-            PIL.Image.fromarray(image).save(folder / f"{name}_{i:04d}.png")
-            pairs.append((source.reference(*corners[i], factor), image))
-    sheet = folder / "contact_sheet.png"
-    PIL.Image.fromarray(contact_sheet(pairs)).save(sheet)
-    return sheet
+        some = corners[first : first + config.sampling.batch_size]
+        cells = [torch.from_numpy(source.grid[:, y : y + factor, x : x + factor]) for y, x in some]
+        with torch.inference_mode():
+            context = model.summarize(cells, [index] * len(cells))
+        yield context, [source.reference(y, x, factor) for y, x in some]
+
+
+def summaries_drawn(config: SampleConfig, model: ZoomLDM, index: int) -> Iterator[Batch]:
+    """Yield summaries that the model's CDM draws, batch by batch. Raises CheckpointError when there is no CDM."""
+    section, size = config.model, config.sampling.batch_size
+    cdm = load_cdm(section.source, section.variant, section.cdm_source, model.device)
+    for first in range(0, config.count, size):
+        count = min(size, config.count - first)
+        context = sample_summaries(cdm, index, count, config.cdm_steps, config.sampling.seed, first, count)
+        yield context, [None] * count
 
 
 def contact_sheet(pairs: list[tuple[np.ndarray | None, np.ndarray]], pairs_per_row: int = 4) -> np.ndarray:

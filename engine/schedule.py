@@ -34,12 +34,18 @@ class Step:
         b = max(1 - self.alpha_bar_prev - self.beta, 0.0) ** 0.5
         c = self.beta**0.5
         kind = x0.dtype.type
-        return kind(a) * x0 + kind(b) * eps + kind(c) * noise
+        out = kind(a) * x0  # in place from here on: bands of a large canvas are 50 MB
+        out += kind(b) * eps
+        out += kind(c) * noise
+        return out
 
     def eps_from_x0(self, x_t: np.ndarray, x0: np.ndarray) -> np.ndarray:
         """Return the noise that x_t and x0 imply."""
         kind = x0.dtype.type
-        return (x_t - kind(self.alpha_bar**0.5) * x0) / kind((1 - self.alpha_bar) ** 0.5)
+        out = kind(self.alpha_bar**0.5) * x0
+        np.subtract(x_t, out, out=out)
+        out /= kind((1 - self.alpha_bar) ** 0.5)
+        return out
 
     def renoise(self, x0: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Return x_t of clean latents."""

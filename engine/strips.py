@@ -15,14 +15,24 @@ ReadRows = Callable[[int, int], np.ndarray]
 
 
 class BandReader:
-    """Read rows through the last three bands read: tile rows overlap, and a chunk is a band high."""
+    """Read rows through the last two bands read, for a chunk is a band high, and the last rows asked for.
+
+    Tile rows overlap, and each is asked for tile by tile.
+    """
 
     def __init__(self, read: ReadRows, height: int, band: int) -> None:
         self._read, self._height, self._band = read, height, band
         self._held: dict[int, np.ndarray] = {}
+        self._asked: tuple[int, int] | None = None
+        self._answer = np.empty(0, np.float32)
 
     def __call__(self, y0: int, y1: int) -> np.ndarray:
         """Return rows y0..y1, float32 (3, y1−y0, width); they must not be written to."""
+        if self._asked != (y0, y1):
+            self._answer, self._asked = self._rows(y0, y1), (y0, y1)
+        return self._answer
+
+    def _rows(self, y0: int, y1: int) -> np.ndarray:
         first, last = y0 // self._band, (y1 - 1) // self._band
         parts = []
         for i in range(first, last + 1):
@@ -33,7 +43,7 @@ class BandReader:
 
     def _hold(self, i: int) -> np.ndarray:
         if i not in self._held:
-            while len(self._held) >= 3:
+            while len(self._held) >= 2:
                 del self._held[next(iter(self._held))]
             self._held[i] = self._read(i * self._band, min((i + 1) * self._band, self._height))
         return self._held[i]
@@ -89,15 +99,17 @@ def in_bands(
 
     Yields (top, y0, y1, rows): rows start at top = max(y0 − halo, 0) and reach min(y1 + halo, height).
     """
-    held = np.zeros((0, 0, 0), np.float32)
-    top = y0 = 0
+    parts: list[np.ndarray] = []
+    top = y0 = reached = 0
     for chunk in chunks:
-        held = np.concatenate([held, chunk], axis=1) if held.size else chunk
+        parts.append(chunk)
+        reached += chunk.shape[1]
         while y0 < height:
             y1 = min(y0 + band, height)
             bottom = min(y1 + halo, height)
-            if top + held.shape[1] < bottom:
+            if reached < bottom:
                 break
+            held = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
             yield top, y0, y1, held[:, : bottom - top]
             keep = max(y1 - halo, 0)
-            held, top, y0 = held[:, keep - top :], keep, y1
+            parts, top, y0 = [held[:, keep - top :].copy()], keep, y1  # a view would keep the whole band in memory

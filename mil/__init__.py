@@ -1,1 +1,1 @@
-"""Bags of features in, a classifier and its evidence out; knows no Ray, no slides and no diffusion."""
+"""Bags of features in, a classifier and its evidence out; knows no Ray and no diffusion; slides only to show them."""

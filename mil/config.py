@@ -66,6 +66,9 @@ class StudyConfig:
     """Replaces split.folds of the task."""
     repeats: int | None = None
     """Replaces split.repeats of the task."""
+    slides: str | None = None
+    """Folder of the slides themselves, to show the most attended tiles as pictures in the report; nothing else reads
+    them. May be given to a finished study, whose report is then written again."""
     skip_missing: bool = False
     """Leave labelled slides without features out, and list them, instead of stopping."""
     seed: int = 0

@@ -4,7 +4,7 @@ Every curve is labelled in words, and colours differ in lightness too. It reads 
 """
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -64,19 +64,32 @@ def pr_points(found: Predictions) -> tuple[np.ndarray, np.ndarray]:
     return hits / hits[-1], hits / (np.flatnonzero(last) + 1)
 
 
+Curve = Callable[[Predictions], tuple[np.ndarray, np.ndarray]]
+
+
+def _curves(
+    curve: Curve, chance: Sequence[float], folds: Sequence[Predictions],
+    model: Predictions, baseline: Predictions, legend: Mapping[str, str],
+) -> tuple[Figure, Axes]:  # fmt: skip
+    """Draw one kind of curve of each fold, of all, and of the baseline; `chance` is the dotted line."""
+    figure, axes = _figure(4.0, 3.8)
+    axes.plot([0, 1], chance, color="#9aa3ab", lw=0.8, ls=":")
+    for i, fold in enumerate(folds):
+        axes.plot(*curve(fold), color=FOLD_COLOUR, lw=1, label="single folds" if i == 0 else None)
+    axes.plot(*curve(baseline), color=BASELINE_COLOUR, lw=1.6, ls="--", label=legend["baseline"])
+    axes.plot(*curve(model), color=MODEL_COLOUR, lw=2.2, label=legend["model"])
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    axes.set_aspect("equal")
+    return figure, axes
+
+
 def roc_plot(
     folds: Sequence[Predictions], model: Predictions, baseline: Predictions, legend: Mapping[str, str]
 ) -> Figure:
     """Draw the ROC of each fold, of all, and of the baseline."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(4.0, 3.8)
-        axes.plot([0, 1], [0, 1], color="#9aa3ab", lw=0.8, ls=":")
-        for i, fold in enumerate(folds):
-            axes.plot(*roc_points(fold), color=FOLD_COLOUR, lw=1, label="single folds" if i == 0 else None)
-        axes.plot(*roc_points(baseline), color=BASELINE_COLOUR, lw=1.6, ls="--", label=legend["baseline"])
-        axes.plot(*roc_points(model), color=MODEL_COLOUR, lw=2.2, label=legend["model"])
-        axes.set(xlabel="false positive rate", ylabel="true positive rate", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.set_aspect("equal")
+        figure, axes = _curves(roc_points, (0, 1), folds, model, baseline, legend)
+        axes.set(xlabel="false positive rate", ylabel="true positive rate")
         axes.legend(loc="lower right", frameon=False, fontsize=7.5)
     return figure
 
@@ -85,16 +98,10 @@ def pr_plot(
     folds: Sequence[Predictions], model: Predictions, baseline: Predictions, legend: Mapping[str, str]
 ) -> Figure:
     """Draw precision against recall; the dotted line is the share of positives."""
+    share = float(model.labels.mean())
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(4.0, 3.8)
-        share = model.labels.mean()
-        axes.plot([0, 1], [share, share], color="#9aa3ab", lw=0.8, ls=":")
-        for i, fold in enumerate(folds):
-            axes.plot(*pr_points(fold), color=FOLD_COLOUR, lw=1, label="single folds" if i == 0 else None)
-        axes.plot(*pr_points(baseline), color=BASELINE_COLOUR, lw=1.6, ls="--", label=legend["baseline"])
-        axes.plot(*pr_points(model), color=MODEL_COLOUR, lw=2.2, label=legend["model"])
-        axes.set(xlabel="recall", ylabel="precision", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
-        axes.set_aspect("equal")
+        figure, axes = _curves(pr_points, (share, share), folds, model, baseline, legend)
+        axes.set(xlabel="recall", ylabel="precision")
         axes.legend(loc="lower left", frameon=False, fontsize=7.5)
     return figure
 

@@ -7,22 +7,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
-import numpy as np
-
 from engine.state import write_atomically
 from mil import page, plots
+from mil.attended import ReadField, attended
 from mil.cohort import Cohort
 from mil.folds import BASELINE, MODEL, joined, read_predictions
 from mil.results import pooled
 from mil.splits import PARTS, Fold
 
 NAMES = {"auroc": "AUROC", "auprc": "AUPRC", "balanced_accuracy": "Balanced accuracy", "brier": "Brier score"}
-TOP_SLIDES, TOP_TILES = 6, 5
 
 
-def write_report(folder: Path, results: Mapping[str, Any], folds: Sequence[Fold], cohort: Cohort) -> None:
-    """Write report.html into a run folder whose folds are done."""
+def write_report(
+    folder: Path, results: Mapping[str, Any], folds: Sequence[Fold], cohort: Cohort, read: ReadField | None = None
+) -> None:
+    """Write report.html into a run folder whose folds are done; `read` shows the most attended tiles as pictures."""
     title = results["task"]["title"] or results["task"]["name"]
     parts = [
         _head(title, results),
@@ -31,7 +30,7 @@ def write_report(folder: Path, results: Mapping[str, Any], folds: Sequence[Fold]
         page.section("Decisions", _confusion(results)),
         page.section("Folds", _folds(results), _fold_plot(results)),
         page.section("Patients per fold", _classes(results)),
-        page.section("Most attended tiles", _attended(folder)),
+        page.section("Most attended tiles", attended(folder, read)),
         page.section("The split", _split(folds, cohort)),
         page.section("What was left out", _left_out(results)),
         page.section("How to repeat it", _repeat(folder)),
@@ -137,25 +136,6 @@ def _classes(results: Mapping[str, Any]) -> str:
         for fold in results["folds"]
     ]
     return page.table(["fold", *PARTS], rows) + page.paragraph(f"{positive} / {negative}.", "soft")
-
-
-def _attended(folder: Path) -> str:
-    """List the most attended tiles of the positive test slides with the highest logits."""
-    found = []
-    for path in sorted(folder.glob("folds/repeat0_*/attention.h5")):
-        with h5py.File(path, "r") as file:
-            found += [(float(g.attrs["logit"]), name, path) for name, g in file.items() if g.attrs["label"] == 1]
-    rows = []
-    for logit, name, path in sorted(found, reverse=True)[:TOP_SLIDES]:
-        with h5py.File(path, "r") as file:
-            attention = np.asarray(file[f"{name}/attention"])
-            coords = np.asarray(file[f"{name}/coords"]) if f"{name}/coords" in file else None
-        for at in np.argsort(-attention, kind="stable")[:TOP_TILES]:
-            place = "unknown" if coords is None else f"{coords[at, 0]}, {coords[at, 1]}"
-            rows.append([name, f"{logit:.2f}", place, f"{attention[at]:.2%}", f"{attention[at] * len(attention):.1f}"])
-    head = ["slide (tested, truly positive)", "logit", "x, y (level-0 px)", "attention", "times the even share"]
-    note = "python -m mil.heatmap RUN --slide NAME draws the attention of a whole slide."
-    return page.folded(f"{len(rows)} tiles", page.table(head, rows)) + page.paragraph(note, "soft")
 
 
 def _split(folds: Sequence[Fold], cohort: Cohort) -> str:

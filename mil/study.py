@@ -19,6 +19,7 @@ import yaml
 from engine import __version__
 from engine.lock import RunLock
 from engine.state import check_keys, plain, write_atomically
+from mil.attended import ReadField
 from mil.cohort import Cohort, match_features, read_labels
 from mil.config import StudyConfig
 from mil.dataset import BagCache
@@ -118,8 +119,8 @@ def _scales_of(path: Path) -> tuple[str, ...]:
     return file.scales
 
 
-def run(study: Study, map_folds: MapFolds, say: Say, command: str = "") -> Path:
-    """Do the folds that are not done, then the report; return the folder.
+def run(study: Study, map_folds: MapFolds, say: Say, command: str = "", read: ReadField | None = None) -> Path:
+    """Do the folds that are not done, then the report; return the folder. `read` shows tiles as pictures in it.
 
     Raises: CanvasMismatchError for a folder with another study, RunError for one with something else, StudyError.
     """
@@ -139,7 +140,7 @@ def run(study: Study, map_folds: MapFolds, say: Say, command: str = "") -> Path:
         about = {"model": study.config.model.architecture, "scales": list(study.scales), "unlabelled": study.unlabelled}
         results = {"task": asdict(study.task), **about, **results}
         write_atomically(folder / "metrics.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
-        write_report(folder, results, study.folds, study.cohort)
+        write_report(folder, results, study.folds, study.cohort, read)
     return folder
 
 

@@ -11,6 +11,7 @@ import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from engine.arguments import parse_with_flags
 from engine.errors import EngineError
@@ -18,6 +19,7 @@ from engine.ray_address import announce_address
 from mil.classifier import choose_device
 from mil.config import StudyConfig
 from mil.folds import FoldJob, MapFolds, one_by_one
+from mil.slide_fields import SlideFields
 from mil.study import outline, prepare, run
 
 PROG = "python -m mil.train"
@@ -39,8 +41,9 @@ def main(argv: Sequence[str]) -> int:
         say(outline(study))
         if "plan" in flags:
             return 0
-        command = shlex.join([*PROG.split(), *argv])
-        folder = run(study, on_ray(config) if config.ray.enabled and len(study.folds) > 1 else one_by_one, say, command)
+        read = None if config.slides is None else SlideFields(Path(config.slides))
+        map_folds = on_ray(config) if config.ray.enabled and len(study.folds) > 1 else one_by_one
+        folder = run(study, map_folds, say, shlex.join([*PROG.split(), *argv]), read)
     except EngineError as error:
         say(f"mil.train: {error}")
         return 1

@@ -1,6 +1,7 @@
 """What all tests share: pinned arithmetic, one private Ray and one S3-compatible server for the whole session."""
 
 import logging
+import signal
 import uuid
 from collections.abc import Iterator
 
@@ -11,6 +12,12 @@ import torch
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _hear_interrupts() -> None:
+    """A shell that starts the tests in its background makes them and their children ignore SIGINT, which some send."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

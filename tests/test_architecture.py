@@ -11,29 +11,32 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export", "engine.export_features"),
-    *("engine.extract_features", "engine.phantom_slides"),
+    *("engine.extract_features", "engine.phantom_slides", "engine.phantom_cohort", "engine.prepare"),
 )
 MIL_COMMANDS = ("mil.train", "mil.predict", "mil.compare", "mil.heatmap")
-CHOOSES_ACTORS = ("engine.extract_features", "engine.train", "mil.train")
+CHOOSES_ACTORS = ("engine.extract_features", "engine.prepare", "engine.train", "mil.train")
 """Commands that run as modules; they may name `actors`, only inside functions."""
 FLOORS = (
     # An import goes to the same floor or down. A name stands for a module or for all of a package.
     "errors magnification config schedule noise resize blend conditioning tiles strips state arguments "
-    "interruption writers ray_address",
+    "interruption writers workers ray_address",
     "lock latents objects lease storage object_storage bag_plan",
     "bags prepared_facts",
     "bag_writer prepared prepared_writer",
     "canvas canvas_view image exports report reference model slides",
-    "predict pointwise guidance decode window features",
+    "predict pointwise guidance decode window features summaries",
+    "level_step",
     "sampler",
     "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
     "extraction extraction_config extraction_blocks extraction_encoders "
-    "extraction_outputs extraction_report extraction_local",
-    "parity train sample export export_features extract_features phantom_slides",
+    "extraction_outputs extraction_report extraction_local slide_crew slide_run slide_report "
+    "preparation preparation_config preparation_plan preparation_blocks preparation_encoders preparation_outputs "
+    "preparation_report published_files",
+    "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort",
 )
 MIL_FLOORS = (
     "errors metrics calibration page",
-    "tasks featurefiles models overlay plots",
+    "tasks featurefiles models overlay plots attended slide_fields",
     "cohort dataset",
     "splits training",
     "config classifier baseline",

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine.arguments import PROJECT_ROOT, parse, parse_with_flags, take
+from engine.arguments import PROJECT_ROOT, parse, parse_with_flags, peek, take
 from engine.config import RunConfig
 
-OTHERS = ("train_", "demo_features")
+OTHERS = ("train_", "demo_features", "demo_mil")
 """Configs of other commands."""
 RECIPES = sorted(p for p in (PROJECT_ROOT / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 
@@ -188,3 +188,26 @@ def test_flags_of_one_schema_are_taken_out(words: str, own: list[str], rest: lis
         a: int = 0
 
     assert take(words.split(), Own) == (own, rest)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "first"),
+        (["--config", "FILE"], "second"),
+        (["--config=FILE", "--task", "first"], "first"),
+        (["--task=second", "--other", "first"], "second"),
+        (["--config", "nowhere.yaml"], "first"),
+    ],
+)
+def test_a_key_is_known_before_the_schema(tmp_path: Path, words: list[str], name: str) -> None:
+    (tmp_path / "a.yaml").write_text("task: second\nwidth: 3\n")
+    argv = [word.replace("FILE", str(tmp_path / "a.yaml")) for word in words]
+    assert peek(argv, "task", ["first", "second"], "prog") == name
+
+
+def test_an_unknown_task_names_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        peek(["--task", "third"], "task", ["first", "second"], "prog")
+    assert stopped.value.code == 2
+    assert "task must be one of first, second; got 'third'" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from engine.conditioning import extend_grid, slerp, tile_cells
+from engine.conditioning import TileVectors, extend_grid, slerp, tile_cells
 
 
 @pytest.fixture
@@ -50,3 +50,26 @@ def test_extending_mirrors_the_grid(grid: np.ndarray) -> None:
     wide = extend_grid(grid, 22, 20)
     assert wide.shape == (16, 22, 24)
     assert np.array_equal(wide[:, 20:], grid[:, 19:17:-1])
+
+
+@pytest.mark.parametrize("width", [8, 16, 96, 1024])
+@pytest.mark.parametrize("stride", [64, 48, 41])
+def test_a_batch_has_the_bytes_of_its_tiles_one_by_one(width: int, stride: int) -> None:
+    draw = np.random.default_rng(width)
+    grid = draw.standard_normal((width, 20, 24)).astype(np.float32)
+    grid[:, 5], grid[:, :, 7] = 2 * grid[:, 6], -grid[:, :, 8]  # parallel and opposite neighbours
+    corners = [(int(y), int(x)) for y, x in draw.integers(0, 24, (16, 2)) * stride]
+    vectors = TileVectors(grid)
+    for factor in (1, 4):
+        wanted = np.stack([tile_cells(grid, y, x, factor) for y, x in corners])
+        for _ in range(2):  # the second time they are remembered
+            found = vectors.under(corners, factor)
+            assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+            assert found.tobytes() == wanted.tobytes()
+
+
+def test_vectors_are_kept_while_there_is_room(grid: np.ndarray) -> None:
+    first, second = [(0, 0), (0, 48)], [(48, 0), (48, 48)]
+    vectors = TileVectors(grid, kept_nbytes=2 * 16 * 4)
+    assert vectors.under(first, 1) is vectors.under(first, 1)
+    assert vectors.under(second, 1) is not vectors.under(second, 1)

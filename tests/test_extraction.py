@@ -22,15 +22,16 @@ from engine.arguments import parse
 from engine.bags import BagFile
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
 from engine.extract_features import main
-from engine.extraction import Crew, extract
+from engine.extraction import extract
 from engine.extraction_blocks import Message, SlideTask
 from engine.extraction_config import BlockConfig, ExtractConfig
 from engine.extraction_encoders import describe, load_encoders
 from engine.extraction_local import extract_alone
-from engine.extraction_report import FAILED
 from engine.features import FeatureConfig, TilePixels, encode_all
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.progress import Progress
+from engine.slide_crew import Crew
+from engine.slide_report import FAILED
 from engine.slides.grid import plan_grid, read_parent
 from engine.slides.slide import open_slide
 from engine.slides.tissue import TissueConfig, find_tissue
@@ -69,12 +70,15 @@ def flags(config: ExtractConfig) -> list[str]:
     return [
         *("--slides", config.slides, "--out", config.out, "--model.source", config.model.source),
         *("--finder.method", config.finder.method, "--blocks.parents", str(config.blocks.parents)),
+        *("--features.blocks", f"[{','.join(config.features.blocks)}]"),
+        *("--features.timestep", str(config.features.timestep)),
         *("--features.batch", str(config.features.batch), "--ray.enabled", "false", "--model.device", "cpu"),
     ]
 
 
 def config_of(tiny: Path, slides: Path, out: Path) -> ExtractConfig:
-    config = ExtractConfig(str(slides), str(out), finder=EVERYTHING, features=FeatureConfig(batch=2))
+    features = FeatureConfig(blocks=("up.1",), timestep=100, batch=2)  # the tiny model has no up.3
+    config = ExtractConfig(str(slides), str(out), finder=EVERYTHING, features=features)
     model = replace(config.model, source=str(tiny), device="cpu")
     return replace(config, blocks=BlockConfig(parents=1), model=model)
 
@@ -124,6 +128,7 @@ def test_a_bag_holds_the_features_of_the_grid(done: ExtractConfig) -> None:
 def test_the_demos_config_is_one() -> None:
     config = parse(["--config", "configs/demo_features.yaml"], ExtractConfig, "extract", "")
     assert (config.out, config.synthetic, config.encoders) == ("runs/demo_features", True, ("zoomldm",))
+    assert (config.features.blocks, config.features.timestep) == (("up.3",), 300)  # docs/features.md says why
 
 
 def test_glass_is_an_empty_bag(done: ExtractConfig) -> None:
@@ -137,7 +142,11 @@ def test_a_run_leaves_pictures_tissue_and_a_page(done: ExtractConfig) -> None:
     with Image.open(out / "thumbnails" / "a.jpg") as thumbnail:
         assert max(thumbnail.size) <= 1024
     report, page = json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
-    assert {r["slide"]: r["status"] for r in report["slides"]} == {"a": "done", "glass": "done"}
+    assert {r["slide"]: (r["status"], r["code"]) for r in report["slides"]} == {
+        "a": ("done", ""),
+        "glass": ("done", "no_tissue"),  # a note: its bag is empty
+    }
+    assert "--finder.method everything" in page
     assert set(report["stages"]) == {"plan", "read", "encode", "write"}
     assert 0 <= report["model_waited_share"] <= 1
     assert "http" not in page

@@ -18,13 +18,13 @@ import pytest
 import torch
 import zarr
 from PIL import Image
+from tiny_run import store_inputs
 
 import generate_large
 from actors.work import PoolStats, PoolWatch
 from engine.arguments import PROJECT_ROOT
 from engine.config import RayConfig
-from engine.model.colour import LinearColour
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.predict import LocalDenoiser
 
 SCRIPT = PROJECT_ROOT / "generate_large.py"
@@ -34,15 +34,8 @@ SCRIPT = PROJECT_ROOT / "generate_large.py"
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of a run of 512x384 px and three steps: a random tiny model with a colour map, and 2x2 SSL vectors."""
     folder = tmp_path_factory.mktemp("inputs")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ZoomLDM(tiny_config())
-    model.extras["guidance/linear"] = LinearColour(torch.eye(3).double(), torch.zeros(3).double()).tensors()
-    model.save_pretrained(folder / "model")
-    np.save(folder / "cells.npy", np.random.default_rng(0).normal(size=(16, 2, 2)).astype(np.float32))
     flags = {
-        "model.source": folder / "model",
-        "embeddings": folder / "cells.npy",
+        **store_inputs(folder, 2, 2),
         "canvas.height": 512,
         "canvas.width": 384,
         "sampling.stride": 400,

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import store_inputs
 
 import generate_large
 from engine.errors import EngineError
 from engine.image import Image
-from engine.model.colour import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.past import PastRun
 from engine.predict import DecodeBatch, DecodedBatch, LocalDenoiser, TileBatch, TilePrediction
@@ -33,15 +33,8 @@ WINDOW = np.s_[:, 192:, :256]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps with a random tiny model and a guide."""
     folder = tmp_path_factory.mktemp("runs")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ZoomLDM(tiny_config())
-    model.extras["guidance/linear"] = LinearColour(torch.eye(3).double(), torch.zeros(3).double()).tensors()
-    model.save_pretrained(folder / "model")
-    np.save(folder / "cells.npy", np.random.default_rng(0).normal(size=(16, 3, 2)).astype(np.float32))
     flags = {
-        "model.source": folder / "model",
-        "embeddings": folder / "cells.npy",
+        **store_inputs(folder, 3, 2),
         "canvas.height": HEIGHT,
         "canvas.width": WIDTH,
         "sampling.stride": 400,

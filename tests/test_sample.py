@@ -5,6 +5,8 @@ import PIL.Image
 import pytest
 import torch
 
+from engine.model.cdm import CDM, CDMConfig
+from engine.model.cdm_store import save_cdm
 from engine.model.zoomldm import ConditionerConfig, ZoomLDM, tiny_config
 from engine.patches import SCHEDULERS, PatchSampler
 from engine.sample import Source, main
@@ -50,6 +52,45 @@ def test_a_patch_is_a_function_of_seed_number_and_cells(model: ZoomLDM, schedule
     assert not np.array_equal(sampler.draw(model, cells[::-1], 0), first)
 
 
+@pytest.fixture
+def alone(model: ZoomLDM, tmp_path: Path) -> list[str]:
+    """Arguments for a model with a CDM and nothing to imitate."""
+    model.save_pretrained(tmp_path / "model")
+    torch.manual_seed(0)
+    cdm = CDM(CDMConfig(tokens=65, channels=32, magnifications=4, width=16, layers=1, heads=2))
+    torch.nn.init.normal_(cdm.final_layer.linear.weight, std=0.1)
+    save_cdm(tmp_path / "model/cdm", cdm)
+    return [f"--model.source={tmp_path / 'model'}", "--condition=cdm", "--cdm_steps=2", "--steps=2"]
+
+
+def test_without_a_reference_the_cdm_draws_the_conditions(alone: list[str], tmp_path: Path) -> None:
+    drawn = {}
+    for name, flags in {
+        "a": ["--count=2", "--sampling.batch_size=2"],
+        "one": ["--count=1", "--sampling.batch_size=2"],
+        "seed": ["--count=1", "--sampling.seed=1"],
+        "coarse": ["--count=1", "--magnification=2.5x"],
+    }.items():
+        assert main([*alone, f"--folder={tmp_path / name}", *flags]) == 0
+        patch = next(p for p in sorted((tmp_path / name).iterdir()) if p.name.endswith("x_0000.png"))
+        with PIL.Image.open(patch) as image:
+            drawn[name] = np.asarray(image).astype(int)
+    assert np.abs(drawn["a"] - drawn["one"]).max() <= 1, "patch 0 does not depend on how many are drawn"
+    assert np.abs(drawn["a"] - drawn["seed"]).max() > 10
+    with PIL.Image.open(tmp_path / "a/contact_sheet.png") as sheet:
+        assert sheet.size == (2 * 264 + 8, 264 + 8), "no room is kept for references"
+
+
+def test_the_condition_changes_the_patch(model: ZoomLDM) -> None:
+    sampler, context = PatchSampler("ddim", 2, 2.0, seed=3), torch.randn(1, 65, 32)
+    assert not np.array_equal(sampler.draw_from(model, context), sampler.draw_from(model, -context))
+
+
+def test_a_model_without_a_cdm_says_so(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*[a for a in arguments if "embeddings" not in a], "--condition=cdm"]) == 1
+    assert "must carry a CDM" in capsys.readouterr().err
+
+
 def test_the_predecessors_conditioner_works_the_same() -> None:
     conditioner = ConditionerConfig(kind="token", output_dim=32)
     old = ZoomLDM(tiny_config(magnifications=("20x",), conditioner=conditioner)).eval()
@@ -75,6 +116,8 @@ def test_the_reference_lies_under_its_patch() -> None:
         (["--magnification=2.5x"], 2, "covers 8 x 8 cells; the source has 5 x 6"),
         (["--scheduler=dimm"], 2, "scheduler must be one of ddim"),
         (["--scale=0.5"], 2, "scale must be at least 1"),
+        (["--condition=cdm"], 2, "condition cdm takes neither reference nor embeddings"),
+        (["--cdm_steps=1"], 2, "cdm_steps must be at least 2"),
     ],
 )
 def test_bad_input(

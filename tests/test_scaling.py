@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import scaling
 from benchmarks.scaling import SimulatedReplicas
-from engine.predict import TileBatch
+from engine.predict import DecodeBatch, TileBatch
 
 
 def batches(count: int) -> Iterator[TileBatch]:
@@ -17,10 +17,19 @@ def batches(count: int) -> Iterator[TileBatch]:
         yield TileBatch(f"joint/t=1/20x/{number}", (number,), zeros, 1, 0.5, zeros, 0, 0.0)
 
 
+class Ticking:
+    """A clock that goes on by `tick` each time it is looked at."""
+
+    def __init__(self, tick: float) -> None:
+        self.tick, self.now = tick, 0.0
+
+    def __call__(self) -> float:
+        self.now += self.tick
+        return self.now
+
+
 def replicas(seconds: list[float], call_s: float = 0.0, tick: float = 0.0, barriers: bool = False) -> SimulatedReplicas:
-    """Replicas whose coordinator's clock goes on by `tick` each time it is looked at."""
-    times = iter(range(10**6))
-    return SimulatedReplicas(np.array(seconds), call_s, barriers, clock=lambda: next(times) * tick)
+    return SimulatedReplicas(np.array(seconds), call_s, barriers, Ticking(tick))
 
 
 @pytest.mark.parametrize(("count", "workers"), [(1, 1), (12, 4), (13, 4), (3, 8)])
@@ -32,28 +41,59 @@ def test_a_free_coordinator_leaves_only_the_compute(count: int, workers: int) ->
 
 
 def test_a_slow_coordinator_is_what_limits() -> None:
-    r = replicas([0.2] * 50, call_s=0.1)
+    r = replicas([0.2] * 50, call_s=0.1, tick=1e-5)
     list(r.denoise(batches(30)))
-    assert r.now == pytest.approx(30 * 0.1 + 0.2)
-    assert r.busy_s == pytest.approx(3.0)
+    assert r.now == pytest.approx(30 * 0.1 + 0.2, rel=0.01)
+    assert r.busy_s == pytest.approx(3.0, rel=0.01)
 
 
-def test_the_coordinators_own_work_takes_time_once() -> None:
-    """One look at the clock before and one after each piece of work: to cut a batch, and to take an answer."""
+def test_time_is_the_machines_own_but_for_what_is_skipped() -> None:
+    """The coordinator's work counts once; with a free one nothing but the compute is left to wait for."""
     r = replicas([1.0], tick=0.01)
-    list(r.denoise(batches(5)))
-    pieces = 1 + (5 + 1) + 5  # the beginning; the batches and the end of the source; the answers
-    assert r.busy_s == pytest.approx(pieces * 0.01)
-    assert 5.0 < r.now < 5.0 + r.busy_s  # most of it happens while the replica computes
+    clock = r.clock
+    start = clock.now  # type: ignore[attr-defined]
+    for _ in r.denoise(batches(5)):
+        r.tick()
+    assert 5.0 < r.now < 5.5
+    assert r.now == pytest.approx(r.busy_s + r.waited_s)
+    passed = clock.now - start  # type: ignore[attr-defined]
+    assert r.busy_s < passed  # looks while waiting belong to the wait
+
+
+def test_work_in_threads_takes_real_time_before_any_is_skipped() -> None:
+    """Threads that need longer than the replica: time passes as the machine's does until they are done."""
+    r = replicas([0.2], tick=0.001)
+    busy_until = 0.1
+    r.idle = lambda: r.now >= busy_until
+    answers = r.denoise(batches(2))
+    next(answers)
+    looked = r.clock.now  # type: ignore[attr-defined]
+    assert looked > busy_until  # up to there it was not skipped
+    assert 0.2 <= r.now < 0.25
+    r.idle = lambda: False
+    next(answers)
+    assert r.clock.now - looked > 0.15  # type: ignore[attr-defined]
+    assert 0.4 <= r.now < 0.45
+
+
+def test_a_picture_is_decoded_beside_the_tiles() -> None:
+    """Windows asked for while tiles are under way go out at once, and the tiles go on while they are waited for."""
+    r = replicas([0.2] * 4)
+    zeros = np.zeros((1, 3, 2, 2), np.float32)
+    tiles = r.denoise(batches(16))
+    next(tiles)
+    windows = r.decode(iter([DecodeBatch("guide/0", (0,), zeros)]))
+    assert [w.key for w in windows] == ["guide/0"]
+    assert r.now == pytest.approx(0.6)  # queued behind two batches
+    assert len(list(tiles)) == 15
+    assert r.now == pytest.approx(17 * 0.2 / 4 + 0.15)  # all four were busy to the end
 
 
 def test_time_never_runs_back_and_answers_come_after_their_compute() -> None:
     r = replicas([0.3, 0.1, 0.2], call_s=0.01, tick=0.001)
     seen = []
     for _ in r.denoise(batches(20)):
-        r.start()
-        seen.append(r.now)
-        r.coordinated()
+        seen.append(r.tick())
     assert seen == sorted(seen)
     assert seen[0] >= 0.1
     rate = 1 / 0.3 + 1 / 0.1 + 1 / 0.2

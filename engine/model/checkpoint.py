@@ -80,9 +80,10 @@ def read_ldm(folder: Path, weights: WeightsChoice = "ema") -> Weights:
     return Weights(config, convert(tensors, config, weights, str(checkpoint)))
 
 
-def load_tensors(path: Path) -> dict[str, Tensor]:
+def load_tensors(path: Path, inside: str = "state_dict") -> dict[str, Tensor]:
     """Load a state dict on the CPU without running anything the file contains.
 
+    It may lie under the key `inside` of what is stored.
     Raises: CheckpointError if it is missing, damaged, needs more than tensors, or is not a state dict.
     """
     try:
@@ -96,7 +97,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     except (RuntimeError, EOFError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it ends too early"
         raise CheckpointError(f"{path} is missing, truncated or damaged: {reason}; fetch it again.") from error
-    state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
+    state = loaded.get(inside, loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not state:
         raise CheckpointError(f"{path} must hold a state dict; it holds {type(state).__name__}.")
     odd = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]

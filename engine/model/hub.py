@@ -26,6 +26,8 @@ NETWORK_FILES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",
     "conditioner": "conditioner/model.safetensors",
 }
+CDM_FILES = ("cdm/config.json", "cdm/model.safetensors")
+"""What a model folder holds where it carries a CDM; read only when asked for (locate_cdm)."""
 OUR_FILES = (OUR_CONFIG, *NETWORK_FILES.values())
 VARIANTS = {"StonyBrook-CVLab/ZoomLDM": ("brca", "naip")}
 """Hub repositories that keep several models in folders."""
@@ -66,6 +68,23 @@ def locate(source: str | Path, variant: str | None = None, flag: str = "--model.
     if not has_layout(folder):
         raise CheckpointError(way.message(f"the copy in {folder} lacks them"))
     return folder
+
+
+def locate_cdm(source: str | Path, variant: str | None = None) -> Path | None:
+    """Return the folder of the CDM that a model carries in our layout, fetched if the model is the Hub's, or None.
+
+    It is fetched apart from the model, whose replicas do not need it.
+    Raises: CheckpointError as `locate`.
+    """
+    folder = locate(source, variant)
+    if not _has_all(folder, CDM_FILES) and str(source) != "demo" and not Path(source).is_dir():
+        prefix = f"{variant}/" if variant else ""
+        way = _WayOut(
+            str(source), f"The CDM of {source}", tuple(prefix + name for name in CDM_FILES), "--model.source FOLDER"
+        )
+        root = _fetch(way, list(way.files))
+        folder = root / variant if variant else root
+    return folder / Path(CDM_FILES[0]).parent if _has_all(folder, CDM_FILES) else None
 
 
 def locate_files(repo_id: str, filenames: Sequence[str], what: str, flag: str) -> Path:
@@ -140,4 +159,8 @@ def _layout_in(root: Path, variant: str | None) -> Path:
 
 def has_layout(folder: Path) -> bool:
     """Say whether the folder holds all files of either layout."""
-    return any(all((folder / name).is_file() for name in names) for names in (LDM_FILES, OUR_FILES))
+    return any(_has_all(folder, names) for names in (LDM_FILES, OUR_FILES))
+
+
+def _has_all(folder: Path, names: Sequence[str]) -> bool:
+    return all((folder / name).is_file() for name in names)

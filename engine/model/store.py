@@ -2,7 +2,7 @@
 
 It does not know the published layout nor what the weights mean.
 Layout: config.json (ModelConfig), unet/ and vae/ (folders diffusers reads), conditioner/model.safetensors, and any
-other <folder>/<name>.safetensors, which travel along as extras.
+other <folder>/<name>.safetensors, which travel along as extras. A CDM beside them is cdm_store.py's.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.errors import CheckpointError
 from engine.model.config import ModelConfig
-from engine.model.hub import NETWORK_FILES, OUR_CONFIG
+from engine.model.hub import CDM_FILES, NETWORK_FILES, OUR_CONFIG
 from engine.model.networks import build_networks
 
 CODEBOOK = "quantize.embedding.weight"
@@ -68,15 +68,29 @@ def write_folder(folder: Path, weights: Weights, dtype: torch.dtype | None = Non
     holds anything else is refused.
     Raises: CheckpointError for such a folder; ValueError for values that `dtype` cannot hold or a bad extra's name.
     """
-    folder = Path(os.path.abspath(folder))
     files = {NETWORK_FILES[part]: state for part, state in weights.networks.items()}
     for name, tensors in weights.extras.items():
-        if not re.fullmatch(r"(?!(unet|vae|conditioner)/)[\w-]+/[\w-]+", name):
+        if not re.fullmatch(r"(?!(unet|vae|conditioner|cdm)/)[\w-]+/[\w-]+", name):
             raise ValueError(f"an extra must be named folder/name, in a folder of its own kind; got {name!r}.")
         files[f"{name}.safetensors"] = tensors
     documents = {OUR_CONFIG: weights.config.to_json()}
     documents |= {"unet/config.json": {"_class_name": "UNet2DConditionModel"} | weights.config.unet}
     documents |= {"vae/config.json": {"_class_name": "VQModel"} | weights.config.vae}
+    replace_folder(folder, files, documents, dtype)
+
+
+def replace_folder(
+    folder: Path,
+    files: Mapping[str, Mapping[str, Tensor]],
+    documents: Mapping[str, object],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write safetensors and JSON files, by name, beside `folder` and rename them into place.
+
+    An earlier folder with these files alone is replaced; one that holds anything else is refused.
+    Raises: as `write_folder`.
+    """
+    folder = Path(os.path.abspath(folder))
     _refuse_foreign(folder, {*files, *documents})
     folder.parent.mkdir(parents=True, exist_ok=True)
     fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
@@ -105,7 +119,7 @@ def read_folder(folder: Path) -> Weights:
         state = read_safetensors(path)
         check_fit({k: v.shape for k, v in state.items()}, wanted, str(path))
         networks[part] = state
-    own = {Path(name).parts[0] for name in NETWORK_FILES.values()}
+    own = {Path(name).parts[0] for name in (*NETWORK_FILES.values(), *CDM_FILES)}
     paths = sorted(p for p in folder.glob("*/*.safetensors") if p.parent.name not in own)
     extras = {f"{p.parent.name}/{p.stem}": read_safetensors(p) for p in paths}
     return Weights(config, networks, extras)
@@ -126,18 +140,12 @@ def digest(weights: Weights) -> str:
     """
     total = hashlib.sha256(json.dumps(weights.config.to_json(), sort_keys=True).encode())
     for part, state in sorted((weights.networks | weights.extras).items()):
-        _hash_tensors(total, part, state)
+        hash_tensors(total, part, state)
     return total.hexdigest()
 
 
-def network_digest(state: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 over one network's names, shapes and values, hashed as float32."""
-    total = hashlib.sha256()
-    _hash_tensors(total, "", state)
-    return total.hexdigest()
-
-
-def _hash_tensors(total: "hashlib._Hash", part: str, state: Mapping[str, Tensor]) -> None:
+def hash_tensors(total: "hashlib._Hash", part: str, state: Mapping[str, Tensor]) -> None:
+    """Add names, shapes and float32 values of a state dict to a hash, in the order of the names."""
     for name, tensor in sorted(state.items()):
         wide = tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None).contiguous()
         total.update(f"\n{part}/{name} {tuple(wide.shape)}\n".encode())

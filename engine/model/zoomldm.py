@@ -16,6 +16,7 @@ from engine.model import checkpoint, hub, store
 from engine.model.activations import block_means, check_blocks
 from engine.model.config import ConditionerConfig, ModelConfig, tiny_config
 from engine.model.networks import Networks, build_networks
+from engine.model.ssl_encoder import digest_of
 
 __all__ = ["ConditionerConfig", "ModelConfig", "ZoomLDM", "digest", "tiny_config"]
 
@@ -183,6 +184,14 @@ def digest(model: ZoomLDM | str | Path) -> str:
     """Return the SHA-256 of a model's config and weights; equal for a folder and the float32 model loaded from it."""
     weights = model.as_weights() if isinstance(model, ZoomLDM) else checkpoint.read(hub.locate(model))
     return store.digest(weights)
+
+
+def autoencoder_digest(model: ZoomLDM) -> str:
+    """Return the SHA-256 of a model's autoencoder alone: latents of equal digests mean the same.
+
+    It is that of the weights in float32: load the model so, whatever it computes in.
+    """
+    return digest_of(model.vae.state_dict())
 
 
 def quantise(latents: Tensor, codebook: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def resolve(name: str, file_name: str, claims: Claims, overrides: Overrides, mpp
             return Resolution(claim.mpp_x, claim.mpp_y, claim.source)
     if mpp is not None:
         return Resolution(mpp, mpp, "given for slides without (mpp)")
-    remedy = f"Give mpp for all such slides, or a row `{name},0.25` (slide,mpp) in the overrides table."
+    remedy = f"Give --mpp for all such slides, or a row `{name},0.25` (slide,mpp) in the overrides table (--overrides)."
     if claims.objective:
         value = ESTIMATE_AT_1X / claims.objective
         if Claim("", value, value).credible:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from engine.errors import SlideError
 from engine.slides.grid import GridConfig, plan_grid
-from engine.slides.resolution import Overrides
+from engine.slides.resolution import Overrides, Resolution
 from engine.slides.slide import open_slide, slide_name
 from engine.slides.tissue import TissueConfig, find_tissue
 from engine.state import write_atomically
@@ -80,14 +80,21 @@ def inspect_slide(
             row = replace(row, tiles_20x=len(tiles), tiles_5x=len(tiles.parent_coords))
     except SlideError as error:
         return replace(row, problem=error.code, message=str(error))
-    if not len(tiles):
-        return replace(
-            row, problem="no_tissue", message=f"{slide.name}: no tile has enough tissue; its bag will be empty."
+    code, message = note_on(slide.name, len(tiles), resolution)
+    return replace(row, problem=code, message=message)
+
+
+def note_on(slide: str, tiles: int, resolution: Resolution) -> tuple[str, str]:
+    """Return what to know of a slide that is processed all the same: one of NOTES and a message, or empty strings."""
+    if not tiles:
+        return "no_tissue", (
+            f"{slide}: no tile has enough tissue, so its bag is empty. If it is no H&E, --finder.method everything "
+            "keeps all of it; --tissue DIR takes what you draw."
         )
     if resolution.estimated:
-        what = f"{slide.name}: µm/px is estimated from the objective; give it in the overrides table if you know it."
-        return replace(row, problem="estimated_mpp", message=what)
-    return row
+        what = "µm/px is estimated from the objective; give it in the overrides table (--overrides) if you know it."
+        return "estimated_mpp", f"{slide}: {what}"
+    return "", ""
 
 
 def inspect_slides(

@@ -168,7 +168,7 @@ class PlaceSettings:
 class TrainingConfig:
     """Everything the demo's trainer reads; the resolved form is written into the run folder and training.json."""
 
-    task: Literal["demo"] = "demo"
+    task: Literal["zoomldm"] = "zoomldm"
     """What is trained."""
     run: str = "runs/train"
     """Folder of this run: rendered regions, checkpoints, log, pictures. The same folder continues."""

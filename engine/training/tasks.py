@@ -1,27 +1,43 @@
-"""What can be trained on a prepared set, by the type of its configuration. It knows no command lines nor Ray."""
+"""What can be trained, by the name that the key `task` gives; the first is the default.
+
+It does not train.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from engine.training import joint, vq
+from engine.training.cdm import train_cdm
+from engine.training.cdm_settings import CDMTrainingConfig
 from engine.training.gradients import Group
 from engine.training.joint_settings import JointConfig
 from engine.training.learning import ALONE
+from engine.training.run import train
+from engine.training.settings import TrainingConfig
 from engine.training.vq_settings import VQConfig
 
-TaskConfig = JointConfig | VQConfig
-TASKS: dict[str, type[JointConfig] | type[VQConfig]] = {"denoiser": JointConfig, "autoencoder": VQConfig}
-"""By the value of `task`."""
+PreparedConfig = JointConfig | VQConfig
+"""Of what is trained on a prepared set, alone or by a group of workers."""
 
 
-def learn(config: TaskConfig, group: Group = ALONE) -> None:
-    """Train, or continue, as one worker of a group, and write the model. Raises: EngineError."""
-    if isinstance(config, JointConfig):
-        joint.train(config, group)
-    else:
-        vq.train(config, group)
+class Task(NamedTuple):
+    """One thing that can be trained."""
+
+    schema: type[Any]
+    train: Callable[..., None]
+    """Takes the configuration; on a prepared set also a group of workers."""
+    export: Callable[[Any], None] | None = None
+    """Writes the model of the last checkpoint of a training on a prepared set."""
 
 
-def write_model(config: TaskConfig) -> None:
-    """Write the model of the last checkpoint. Raises: EngineError."""
-    if isinstance(config, JointConfig):
-        joint.export(config)
-    else:
-        vq.export(config)
+TASKS = {
+    "zoomldm": Task(TrainingConfig, train),
+    "cdm": Task(CDMTrainingConfig, train_cdm),
+    "denoiser": Task(JointConfig, joint.train, joint.export),
+    "autoencoder": Task(VQConfig, vq.train, vq.export),
+}
+
+
+def learn(config: PreparedConfig, group: Group = ALONE) -> None:
+    """Train, or continue, on a prepared set as one worker of a group, and write the model. Raises: EngineError."""
+    TASKS[config.task].train(config, group)

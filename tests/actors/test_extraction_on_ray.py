@@ -13,17 +13,18 @@ import pytest
 import torch
 from written_slides import tissue, write_tiff
 
-from actors import extraction as on_ray
-from actors.extraction import Shape, shape_of, work_on_ray
+from actors import slide_pipeline as on_ray
+from actors.slide_pipeline import Shape, shape_of, work_on_ray
 from engine.config import RayConfig
 from engine.errors import ClusterError
-from engine.extraction import Crew, Engage, extract
+from engine.extraction import Engage, extract
 from engine.extraction_blocks import BlockFeatures, Message, SlideTask
 from engine.extraction_config import BlockConfig, ExtractConfig
-from engine.extraction_local import extract_alone
+from engine.extraction_local import ExtractStages, extract_alone
 from engine.features import FeatureConfig
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.progress import Progress
+from engine.slide_crew import Crew
 from engine.slides.tissue import TissueConfig
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -42,7 +43,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
     (folder / "slides" / "none.svs").write_text("not a slide")
     config = ExtractConfig(str(folder / "slides"), str(folder / "local"), finder=TissueConfig("everything"))
     model = replace(config.model, source=str(folder / "tiny"), device="cpu")
-    small = FeatureConfig(batch=2)
+    small = FeatureConfig(blocks=("up.1",), timestep=100, batch=2)
     config = replace(
         config, model=model, features=small, blocks=BlockConfig(parents=1), ray=RayConfig(batch_timeout_s=300)
     )
@@ -67,7 +68,7 @@ def test_the_bytes_of_the_local_run_on_all_replicas_though_one_is_killed(local: 
 
     @contextmanager
     def engage(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
-        crew = work_on_ray(config, names)
+        crew = work_on_ray(ExtractStages(config, names))
 
         def work(tasks: Sequence[SlideTask]) -> Iterator[Message]:
             for message in crew.work(tasks):

@@ -45,6 +45,7 @@ class Started:
 
     def __init__(self, argv: list[str], log: Path, fault: Fault | None = None, counts: Path | None = None) -> None:
         self._log = log
+        log.write_text("")  # for a run that is killed before it can say anything
         self._process = _SERVER.Process(target=_run, args=(argv, str(log), fault, counts and str(counts)), daemon=True)
         self._process.start()
 

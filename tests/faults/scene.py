@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import launcher
-import numpy as np
-import torch
+from tiny_run import store_inputs
 
 from engine.canvas_view import CanvasView
-from engine.model.colour import LinearColour
-from engine.model.zoomldm import ZoomLDM, tiny_config
 
 LONG_RUN = "--sampling.stride=20"
 """Makes the same picture in 50 steps, for faults that need time to show."""
@@ -36,14 +33,7 @@ SETTINGS = {
 
 def make_inputs(folder: Path) -> list[str]:
     """Store a random tiny model with a colour map, and SSL vectors; return the flags of the run."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ZoomLDM(tiny_config())
-    model.extras["guidance/linear"] = LinearColour(torch.eye(3).double(), torch.zeros(3).double()).tensors()
-    model.save_pretrained(folder / "model")
-    np.save(folder / "cells.npy", np.random.default_rng(0).normal(size=(16, 3, 1)).astype(np.float32))
-    settings = {"model.source": folder / "model", "embeddings": folder / "cells.npy", **SETTINGS}
-    return [f"--{key}={value}" for key, value in settings.items()]
+    return [f"--{key}={value}" for key, value in (store_inputs(folder, 3, 1) | SETTINGS).items()]
 
 
 def bytes_of_run(folder: Path) -> dict[str, str]:

@@ -48,52 +48,43 @@ def chunks(folder: Path) -> list[Path]:
     return sorted(p for p in (folder / "canvas.zarr" / "20x" / "latent_0" / "c").rglob("*") if p.is_file())
 
 
+def first_chunk(folder: Path) -> Path:
+    return chunks(folder)[0]
+
+
+def state_file(folder: Path) -> Path:
+    return folder / "state.json"
+
+
+CHUNK_SAID, STATE_SAID = "chunk c/0/0/0 of 20x/latent_0 is", "state.json"
+
+
+@LONG
 @pytest.mark.parametrize(
-    ("name", "harm"),
+    ("name", "victim_of", "harm", "named"),
     [
-        pytest.param("a flipped byte in a chunk of the canvas", flip, marks=LONG),
-        pytest.param("a chunk of the canvas cut short", halve, marks=LONG),
-        pytest.param("a deleted chunk of the canvas", Path.unlink, marks=LONG),
+        ("a flipped byte in a chunk of the canvas", first_chunk, flip, CHUNK_SAID),
+        ("a chunk of the canvas cut short", first_chunk, halve, CHUNK_SAID),
+        ("a deleted chunk of the canvas", first_chunk, Path.unlink, CHUNK_SAID),
+        ("a half-written state.json", state_file, halve, STATE_SAID),
+        ("a flipped byte in state.json", state_file, flip, STATE_SAID),
+        ("a deleted state.json", state_file, Path.unlink, STATE_SAID),
     ],
 )
-def test_harmed_chunk(
-    scene: Scene, ledger: Ledger, half: Half, tmp_path: Path, name: str, harm: Callable[[Path], None]
-) -> None:
+def test_harmed_file(
+    scene: Scene, ledger: Ledger, half: Half, tmp_path: Path,
+    name: str, victim_of: Callable[[Path], Path], harm: Callable[[Path], None], named: str,
+) -> None:  # fmt: skip
     folder = shutil.copytree(half(3), tmp_path / "run")
     with ledger.trial("damage", name) as trial:
-        victim = chunks(folder)[0]
+        victim = victim_of(folder)
         good = victim.read_bytes()
         harm(victim)
         code, said = run(scene.argv(folder), tmp_path / "log")
         assert code == 1
-        assert "chunk c/0/0/0 of 20x/latent_0 is" in said
+        assert named in said
         assert "Traceback" not in said
         victim.write_bytes(good)
-        scene.assert_resumes(folder, tmp_path / "log")
-        trial.outcome = "refused, naming the chunk; resumed when the file was put back"
-
-
-@pytest.mark.parametrize(
-    ("name", "harm"),
-    [
-        pytest.param("a half-written state.json", halve, marks=LONG),
-        pytest.param("a flipped byte in state.json", flip, marks=LONG),
-        pytest.param("a deleted state.json", Path.unlink, marks=LONG),
-    ],
-)
-def test_harmed_state(
-    scene: Scene, ledger: Ledger, half: Half, tmp_path: Path, name: str, harm: Callable[[Path], None]
-) -> None:
-    folder = shutil.copytree(half(3), tmp_path / "run")
-    with ledger.trial("damage", name) as trial:
-        state = folder / "state.json"
-        good = state.read_bytes()
-        harm(state)
-        code, said = run(scene.argv(folder), tmp_path / "log")
-        assert code == 1
-        assert "state.json" in said
-        assert "Traceback" not in said
-        state.write_bytes(good)
         scene.assert_resumes(folder, tmp_path / "log")
         trial.outcome = "refused, naming the file; resumed when it was put back"
 

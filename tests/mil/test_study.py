@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from engine.arguments import PROJECT_ROOT, parse
 from engine.errors import CanvasMismatchError, EngineError
+from engine.extraction_config import ExtractConfig
 from mil import compare as compare_command
 from mil import heatmap as heatmap_command
 from mil import predict as predict_command
@@ -100,6 +102,21 @@ def test_a_study_repeats_itself(known: KnownCohort, study: Path, tmp_path: Path)
         assert (tmp_path / "again" / name).read_bytes() == (study / name).read_bytes(), name
 
 
+def test_slides_show_the_attended_tiles(study: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given to a study that is finished, they change nothing but the report."""
+    run_of = tmp_path / "run"
+    shutil.copytree(study, run_of)
+    argv = [f"--config={study / 'config.yaml'}", f"--output.folder={run_of}", f"--slides={tmp_path / 'slides'}"]
+    assert train_command.main(argv) == 1
+    assert "slides must be a folder" in capsys.readouterr().err
+    (tmp_path / "slides").mkdir()
+    for number in range(32):
+        Image.new("RGB", (64, 48), (230, 180, 210)).save(tmp_path / "slides" / f"P{number:03d}-S0.png")
+    assert train_command.main(argv) == 0
+    assert "data:image/jpeg" in (run_of / "report.html").read_text()
+    assert (run_of / "metrics.json").read_bytes() == (study / "metrics.json").read_bytes()
+
+
 def test_a_study_is_continued_fold_by_fold(known: KnownCohort, study: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(study, copy)
@@ -166,6 +183,27 @@ def test_plan_writes_nothing(known: KnownCohort, tmp_path: Path, capsys: pytest.
     assert train_command.main(argv) == 0
     assert "32 patients (16 HR deficient, 16 HR proficient), 40 slides" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_shuffled_labels_are_not_learnt(tmp_path: Path) -> None:
+    """Through the whole study: held-out figures of labels that mean nothing are chance."""
+    shuffled = write_cohort(tmp_path, 40, shuffled=True)
+    folder = run(prepare(config_of(shuffled, tmp_path / "run")), one_by_one, print)
+    figures = json.loads((folder / "metrics.json").read_text())["pooled"]
+    for who in ("model", "baseline"):
+        assert figures[who]["auroc"]["low"] < 0.5 < figures[who]["auroc"]["high"]
+
+
+def test_the_demos_config_is_one() -> None:
+    """It reads the cohort where the Makefile and the extraction's config put it."""
+    config = parse(["--config=configs/demo_mil.yaml"], StudyConfig, "train", "")
+    extraction = parse(["--config=configs/demo_mil_features.yaml"], ExtractConfig, "extract", "")
+    assert config.features == f"{extraction.out}/features"
+    assert config.slides == extraction.slides
+    assert not extraction.synthetic  # a study would want the patients they were generated from
+    makefile = (PROJECT_ROOT / "Makefile").read_text()
+    assert f"engine.phantom_cohort --out {Path(extraction.slides).parent}" in makefile
+    assert config.labels == str(Path(extraction.slides).parent / "labels.csv")
 
 
 def test_a_leaking_split_trains_nothing(known: KnownCohort, study: Path, tmp_path: Path) -> None:

@@ -19,10 +19,12 @@ ASK = """
 import sys
 from engine.errors import CheckpointError
 from engine.model.encoders import load_encoder
-from engine.model.hub import locate, locate_files
+from engine.model.hub import locate, locate_cdm, locate_files
 try:
     if sys.argv[1] == "model":
         print(locate("StonyBrook-CVLab/ZoomLDM", "brca"))
+    elif sys.argv[1] == "cdm":
+        print(locate_cdm("StonyBrook-CVLab/ZoomLDM", "brca"))
     elif sys.argv[1] == "features":
         load_encoder("phikon", flag="--features.encoder_source")
     else:
@@ -106,16 +108,28 @@ def test_a_gated_repository_says_where_to_ask(tmp_path: Path, gate: str, what: s
     assert "hf auth login" in said
 
 
-@pytest.mark.parametrize("files", [hub.LDM_FILES, hub.LDM_FILES[:1]])
-def test_the_local_cache_is_enough_when_it_is_complete(tmp_path: Path, files: tuple[str, ...]) -> None:
-    cached = tmp_path / "hub/models--StonyBrook-CVLab--ZoomLDM"
+def cached_model(home: Path, files: tuple[str, ...]) -> Path:
+    """The library's cache of a published model with these empty files."""
+    cached = home / "hub/models--StonyBrook-CVLab--ZoomLDM"
     commit = "0" * 40
     (cached / "refs").mkdir(parents=True)
     (cached / "refs/main").write_text(commit)
     folder = cached / "snapshots" / commit / "brca"
-    folder.mkdir(parents=True)
     for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize("carried", [hub.CDM_FILES, ()])
+def test_a_cdm_is_looked_for_beside_its_model(tmp_path: Path, carried: tuple[str, ...]) -> None:
+    folder = cached_model(tmp_path, (*hub.LDM_FILES, *carried))
+    assert ask("cdm", tmp_path, HF_HUB_OFFLINE="1").strip() == str(folder / "cdm" if carried else None)
+
+
+@pytest.mark.parametrize("files", [hub.LDM_FILES, hub.LDM_FILES[:1]])
+def test_the_local_cache_is_enough_when_it_is_complete(tmp_path: Path, files: tuple[str, ...]) -> None:
+    folder = cached_model(tmp_path, files)
     said = ask("model", tmp_path, HF_HUB_OFFLINE="1")
     if len(files) == 2:
         assert said.strip() == str(folder)

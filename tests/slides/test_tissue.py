@@ -41,7 +41,7 @@ def test_dice_on_phantoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed:
     truth, inked = truth[::2, ::2], inked[::2, ::2]  # the overview has 8 µm/px
     found = found[: truth.shape[0], : truth.shape[1]]
     assert 2 * (found & truth).sum() / (found.sum() + truth.sum()) >= 0.95  # measured 0.97 … 0.99
-    assert (found & inked).sum() <= 0.1 * inked.sum()  # measured 7 % where ink lies on tissue
+    assert (found & inked).sum() <= 0.01 * inked.sum()  # measured 0, though half of the stroke lies on tissue
 
 
 def test_bare_glass_has_no_tissue(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""Extraction on Ray Data: slides → plans and blocks → pixels → vectors, which the driver writes.
+"""Work on slides on Ray Data: slides → plans and blocks → pixels → results, which the driver writes.
 
-Coordinates travel to the readers, pixels to the encoders, vectors to the driver; slides need to be where readers run,
-the run folder only where the driver runs. Invariant: the same functions as `extract_alone`, so the same features; what
+Coordinates travel to the readers, pixels to the encoders, results to the driver; slides need to be where readers run,
+the run folder only where the driver runs. Invariant: the same functions as `work_alone`, so the same results; what
 fails is data, for Ray Data knows no failure of a part. It does not know tissue, grids or networks.
 Source: Ray 2.60; on the deadlock of actor pools that hold all CPUs, ray issue 44687.
 """
@@ -22,11 +22,8 @@ from ray.exceptions import RayError, UserCodeException
 
 from actors.cluster import node_resources
 from engine.errors import ClusterError
-from engine.extraction import Crew
-from engine.extraction_blocks import BlockEncoder, BlockPixels, Message, SlideTask, SlideWorker, TileBlock
-from engine.extraction_config import ExtractConfig
-from engine.extraction_encoders import load_encoders
 from engine.run import pin_arithmetic
+from engine.slide_crew import Crew, SlidesConfig, Stages, Worker
 
 READ_CPUS = 0.25
 """Of a reading or planning task. All shares are multiples of this and the encoders leave one free on every CPU: an
@@ -49,7 +46,7 @@ class Shape:
     cpus: float
 
 
-def shape_of(config: ExtractConfig) -> Shape:
+def shape_of(config: SlidesConfig) -> Shape:
     """Choose by what the cluster has now. Raises ClusterError when a GPU is asked for and there is none."""
     nodes = node_resources()
     cpus, gpus = sum(n.cpus for n in nodes), sum(n.gpus for n in nodes)
@@ -64,29 +61,31 @@ def shape_of(config: ExtractConfig) -> Shape:
     return Shape(min(config.ray.replicas or fit, fit), "cpu", 0.0, ENCODE_CPUS)
 
 
-def work_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Crew:
-    """Return the crew on the connected cluster. Raises ClusterError."""
-    shape, here = shape_of(config), _with_whole_paths(config)
-    return Crew(lambda tasks: _work(here, names, shape, tasks), shape.device, lambda: shape.replicas)
+def work_on_ray(stages: Stages) -> Crew:
+    """Return the crew on the connected cluster; `stages` is a frozen dataclass. Raises ClusterError."""
+    shape, here = shape_of(stages.config), _with_whole_paths(stages)
+    return Crew(lambda tasks: _work(here, shape, tasks), shape.device, lambda: shape.replicas)
 
 
-def _with_whole_paths(config: ExtractConfig) -> ExtractConfig:
-    """Return the config with paths that hold in a worker's folder too."""
+def _with_whole_paths(stages: Any) -> Any:
+    """Return the stages with a config whose paths hold in a worker's folder too."""
+    config = stages.config
 
     def whole(path: str | None) -> str | None:
         return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
     source, encoder = whole(config.model.source) or config.model.source, whole(config.model.encoder_source)
     model = replace(config.model, source=source, encoder_source=encoder)
-    return replace(config, model=model, overrides=whole(config.overrides), tissue=whole(config.tissue))
+    config = replace(config, model=model, overrides=whole(config.overrides), tissue=whole(config.tissue))
+    return replace(stages, config=config)
 
 
-def _work(config: ExtractConfig, names: tuple[str, str], shape: Shape, tasks: Sequence[SlideTask]) -> Iterator[Message]:
+def _work(stages: Stages, shape: Shape, tasks: Sequence[Any]) -> Iterator[Any]:
     """Yield what the pipeline gives, in any order. Raises ClusterError when it stands still or its nodes are lost."""
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = config.ray.batch_timeout_s
+    context.execution_no_progress_timeout_s = stages.config.ray.batch_timeout_s
     # One row per Ray block: all blocks of one huge slide would else be read by one task, one after the other.
     context.target_max_block_size = 1
     logging.getLogger("ray.data").setLevel(logging.ERROR)
@@ -95,11 +94,11 @@ def _work(config: ExtractConfig, names: tuple[str, str], shape: Shape, tasks: Se
     planners = max(1, round(sum(n.cpus for n in node_resources()) / 4))
     small: dict[str, Any] = {"batch_size": 1, "zero_copy_batch": True}
     planned = slides.map_batches(
-        _plan, fn_args=(config, names), num_cpus=READ_CPUS, compute=TaskPoolStrategy(planners), **small
+        _plan, fn_args=(stages,), num_cpus=READ_CPUS, compute=TaskPoolStrategy(planners), **small
     )
-    results = planned.map_batches(_read, fn_args=(config, names), num_cpus=READ_CPUS, **small).map_batches(
+    results = planned.map_batches(_read, fn_args=(stages,), num_cpus=READ_CPUS, **small).map_batches(
         _Encoder,
-        fn_constructor_args=(config, shape.device),
+        fn_constructor_args=(stages, shape.device),
         num_cpus=shape.cpus,
         num_gpus=shape.gpus or None,
         compute=ActorPoolStrategy(min_size=1, max_size=shape.replicas, max_tasks_in_flight_per_actor=IN_FLIGHT),
@@ -110,7 +109,13 @@ def _work(config: ExtractConfig, names: tuple[str, str], shape: Shape, tasks: Se
             yield from _unpacked(rows)
     except UserCodeException:
         raise  # a bug of ours, with its own stack
-    except (RayError, ExecutionTimeoutError) as error:
+    except ExecutionTimeoutError as error:
+        raise ClusterError(
+            f"The pipeline must finish a block within ray.batch_timeout_s={stages.config.ray.batch_timeout_s:g}; none "
+            "came. What was written is kept: run the same command again, with a larger --ray.batch_timeout_s or a "
+            "smaller --blocks.parents if the machine is only slow."
+        ) from error
+    except RayError as error:
         raise ClusterError(
             f"The cluster must keep the pipeline going; {str(error).strip().splitlines()[-1]}. What was written is "
             "kept: run the same command again, on nodes with more memory if workers were killed for it."
@@ -129,31 +134,31 @@ def _unpacked(rows: Rows) -> Iterator[Any]:
 
 
 @lru_cache(maxsize=1)
-def _worker(config: ExtractConfig, names: tuple[str, str]) -> SlideWorker:
+def _worker(stages: Stages) -> Worker:
     """Return this process's worker: open slides stay open between tasks."""
-    return SlideWorker(config, names)
+    return stages.worker()
 
 
-def _plan(rows: Rows, config: ExtractConfig, names: tuple[str, str]) -> Iterator[Rows]:
+def _plan(rows: Rows, stages: Stages) -> Iterator[Rows]:
     """Turn a task into its plan and then its blocks."""
     for task in _unpacked(rows):
-        for planned in _worker(config, names).plan(task):
+        for planned in _worker(stages).plan(task):
             yield _packed(planned)
 
 
-def _read(rows: Rows, config: ExtractConfig, names: tuple[str, str]) -> Iterator[Rows]:
+def _read(rows: Rows, stages: Stages) -> Iterator[Rows]:
     """Turn a block into its pixels; what is not a block passes."""
     for item in _unpacked(rows):
-        yield _packed(_worker(config, names).read(item) if isinstance(item, TileBlock) else item)
+        yield _packed(_worker(stages).read(item) if isinstance(item, stages.block) else item)
 
 
 class _Encoder:
-    """Pixels → vectors, in an actor; what is not pixels passes."""
+    """Pixels → results, in an actor; what is not pixels passes."""
 
-    def __init__(self, config: ExtractConfig, device: str) -> None:
-        pin_arithmetic(config.model.threads)
-        self._encoder = BlockEncoder(load_encoders(config, device))
+    def __init__(self, stages: Stages, device: str) -> None:
+        pin_arithmetic(stages.config.model.threads)
+        self._encoder, self._pixels = stages.encoder(device), stages.pixels
 
     def __call__(self, rows: Rows) -> Iterator[Rows]:
         for item in _unpacked(rows):
-            yield _packed(self._encoder.encode(item) if isinstance(item, BlockPixels) else item)
+            yield _packed(self._encoder.encode(item) if isinstance(item, self._pixels) else item)

@@ -1,0 +1,105 @@
+"""Settings of the CDM's trainer: what configs/train_cdm.yaml says. It knows ranges, not models or files."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.training.settings import OptimiserSettings
+
+
+def _require(ok: bool, rule: str, came: object) -> None:
+    if not ok:
+        raise ValueError(f"{rule}; got {came!r}.")
+
+
+@dataclass(frozen=True)
+class CDMSizes:
+    """Sizes of the network; tokens, channels and magnifications are the model's."""
+
+    width: int = 768
+    """Width of a token inside; 768 with 12 layers and 12 heads is the published DiT-B."""
+    layers: int = 12
+    """Transformer blocks."""
+    heads: int = 12
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class SummarySettings:
+    """Which summaries the CDM learns from: windows of stored SSL grids, through the model's Summarizer."""
+
+    train: str = "data/train/*.npy"
+    """Glob of the grids to learn from, one per region or slide: (D, h, w) in .npy, .h5 or .zarr, one SSL vector per
+    base cell, by the model's encoder."""
+    heldout: str = "data/heldout/*.npy"
+    """Glob of the grids that are only measured on."""
+    per_magnification: tuple[int, ...] = (4096,)
+    """Windows per magnification, base first; fewer where the grids have fewer. One number stands for all."""
+    heldout_per_magnification: int = 512
+    """Held-out windows per magnification."""
+
+    def __post_init__(self) -> None:
+        _require(len(self.per_magnification) > 0 and min(self.per_magnification) >= 1,
+                 "summaries.per_magnification must be positive", self.per_magnification)  # fmt: skip
+        _require(self.heldout_per_magnification >= 1,
+                 "summaries.heldout_per_magnification must be at least 1", self.heldout_per_magnification)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CDMOptimiserSettings(OptimiserSettings):
+    """AdamW on the squared error of x0."""
+
+    magnification_weights: tuple[float, ...] = (1.0,)
+    """Share of each magnification in a batch, base first; one number = equal shares. Data sets have a thousand times
+    fewer patches at the coarsest magnification than at the base, so shares by count would not teach it."""
+    time_power: float = 1.0
+    """Times are 1000·u**time_power with u uniform: 1 as published. Summaries of one magnification differ by a fraction
+    of their distance from zero, so what tells them apart is decided at early times; 2 visits these more often."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(min(self.magnification_weights, default=-1.0) >= 0 and sum(self.magnification_weights) > 0,
+                 "train.magnification_weights must be positive", self.magnification_weights)  # fmt: skip
+        _require(0 < self.time_power <= 4, "train.time_power must lie in (0, 4]", self.time_power)
+
+
+@dataclass(frozen=True)
+class CDMTrainingConfig:
+    """Everything the CDM's trainer reads; the resolved form is written into the run folder and training.json."""
+
+    task: Literal["cdm"] = "cdm"
+    """What is trained."""
+    run: str = "runs/train_cdm"
+    """Folder of this run: summaries, checkpoint, log. The same folder continues."""
+    out: str = "runs/train_cdm/cdm"
+    """Folder the CDM is written to; cdm/ in a model's folder is where the model's users find it."""
+    source: str = "demo"
+    """The model whose summaries are learned: "demo", a folder or a Hub id."""
+    variant: str | None = None
+    """Sub-folder of the source: brca or naip for the published weights."""
+    published: str | None = None
+    """Also write the published file ({"ema": …}) here."""
+    seed: int = 0
+    """Seed of initial weights, windows, data order, times and noise."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the networks compute."""
+    bfloat16: bool = True
+    """Compute forward passes in bfloat16 (weights stay float32)."""
+    store_half: bool = False
+    """Write the weights as float16; they are loaded as float32."""
+    threads: int = 1
+    """CPU threads."""
+    checkpoint_s: float = 120.0
+    """Seconds between two checkpoints."""
+    model: CDMSizes = field(default_factory=CDMSizes)
+    """Sizes of the network."""
+    summaries: SummarySettings = field(default_factory=SummarySettings)
+    """What is learned."""
+    train: CDMOptimiserSettings = field(
+        default_factory=lambda: CDMOptimiserSettings(steps=400_000, batch_size=256, lr=1e-4, warmup=1000, ema=0.9999)
+    )
+    """How it is learned."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
+        _require(self.threads >= 1, "threads must be at least 1", self.threads)
+        _require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)

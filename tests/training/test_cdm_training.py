@@ -1,0 +1,213 @@
+"""The CDM learns what it is shown; a run is a function of settings and seed, whatever kills it; bad grids are named."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.errors import EngineError
+from engine.magnification import MagnificationScale
+from engine.model.cdm import CDM, CDMConfig
+from engine.model.cdm_store import load_cdm, read_published
+from engine.model.zoomldm import ConditionerConfig, ZoomLDM, tiny_config
+from engine.summaries import sample_summaries
+from engine.training import cdm as training
+from engine.training.cdm import draw_batch, heldout_errors, train_cdm, x0_loss
+from engine.training.cdm_settings import CDMOptimiserSettings, CDMSizes, CDMTrainingConfig, SummarySettings
+from engine.training.loop import Optimisation, TrainingError
+from engine.training.summaries import GridFiles, store_summaries
+
+SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A tiny model, and two grids to learn from and one to measure on."""
+    torch.manual_seed(0)
+    ZoomLDM(tiny_config()).save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    for split, number, shape in (("train", 0, (16, 8, 9)), ("train", 1, (16, 10, 8)), ("heldout", 0, (16, 8, 8))):
+        (tmp_path / split).mkdir(exist_ok=True)
+        np.save(tmp_path / split / f"{number}.npy", rng.standard_normal(shape, dtype=np.float32))
+    return tmp_path
+
+
+def settings(root: Path, **changes: object) -> CDMTrainingConfig:
+    plain = CDMTrainingConfig(
+        run=str(root / "run"),
+        out=str(root / "model/cdm"),
+        source=str(root / "model"),
+        bfloat16=False,
+        model=CDMSizes(width=16, layers=1, heads=2),
+        summaries=SummarySettings(str(root / "train/*.npy"), str(root / "heldout/*.npy"), (6,), 4),
+        train=CDMOptimiserSettings(steps=4, batch_size=4, warmup=0, ema=0.5),
+    )
+    return replace(plain, **changes)  # type: ignore[arg-type]
+
+
+def batch_equal(a: tuple[torch.Tensor, ...], b: tuple[torch.Tensor, ...]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_window_of_every_grid_is_numbered_once(root: Path) -> None:
+    windows = GridFiles(str(root / "train/*.npy"), 16, SCALE)
+    assert [windows.count(level) for level in range(4)] == [152, 7 * 8 + 9 * 7, 5 * 6 + 7 * 5, 2 + 3]
+    first, second = (np.load(root / f"train/{n}.npy") for n in (0, 1))
+    assert np.array_equal(windows.window(2, 0), first[:, :4, :4])
+    assert np.array_equal(windows.window(2, 29), first[:, 4:8, 5:9])
+    assert np.array_equal(windows.window(2, 30), second[:, :4, :4])
+    assert np.array_equal(windows.window(2, 64), second[:, 6:10, 4:8])
+    assert len({windows.window(1, n).tobytes() for n in range(119)}) == 119
+
+
+def test_summaries_are_the_models_and_are_made_once(root: Path) -> None:
+    model = ZoomLDM.from_pretrained(root / "model")
+    windows = GridFiles(str(root / "train/*.npy"), 16, SCALE)
+    stored = store_summaries(model, windows, (500, 6, 6, 6), 0, root / "summaries")
+    assert [len(s) for s in stored] == [152, 6, 6, 5], "all there are where fewer are asked for"
+    everything = [torch.from_numpy(windows.window(1, n)) for n in range(119)]
+    with torch.no_grad():
+        known = model.summarize(everything, [1] * 119).half()
+    at = [next(i for i, k in enumerate(known) if torch.allclose(k, torch.from_numpy(np.array(s)))) for s in stored[1]]
+    assert len(set(at)) == 6
+    again = store_summaries(model, GridFiles(str(root / "heldout/*.npy"), 16, SCALE), (1,) * 4, 5, root / "summaries")
+    assert np.array_equal(again[0], stored[0])
+
+
+def test_batches_are_a_function_of_seed_and_step_and_keep_the_shares() -> None:
+    data = [np.full((3, 2, 2), level, np.float16) for level in range(4)]
+    some = CDMOptimiserSettings(batch_size=8, magnification_weights=(0.1, 0.2, 0.3, 0.4), time_power=2.0)
+    first = draw_batch(data, some, 0, 5, "cpu")
+    assert batch_equal(first, draw_batch(data, some, 0, 5, "cpu"))
+    assert not torch.equal(first[1], draw_batch(data, some, 0, 6, "cpu")[1])
+    assert not torch.equal(first[1], draw_batch(data, some, 1, 5, "cpu")[1])
+    batches = [draw_batch(data, some, 0, step, "cpu") for step in range(400)]
+    levels = torch.cat([b[3] for b in batches])
+    assert (torch.bincount(levels) / 3200).numpy() == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=0.03)
+    assert all(torch.equal(b[0][:, 0, 0].long(), b[3]) for b in batches), "the label is the summary's"
+    times = torch.cat([b[2] for b in batches])
+    assert int(times.min()) >= 0
+    assert int(times.max()) <= 999
+    assert float((times < 250).float().mean()) == pytest.approx(0.5, abs=0.02), "u² < 1/4 for half of the u"
+
+
+def test_the_loss_is_the_squared_error_of_x0() -> None:
+    """A fresh CDM answers zero, so the loss is the mean square of the clean summaries."""
+    cdm = CDM(CDMConfig(tokens=2, channels=2, magnifications=4, width=4, layers=1, heads=1))
+    x0 = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
+    loss, _ = x0_loss(cdm, x0, torch.randn(3, 2, 2), torch.tensor([0, 500, 999]), torch.tensor([0, 1, 3]), False)
+    assert float(loss.detach()) == pytest.approx(float(x0.square().mean()))
+    loss.backward()
+    linear = cdm.final_layer.linear.weight.grad
+    assert linear is not None
+    assert linear[:2].abs().sum() > 0
+    assert not linear[2:].any(), "the variance channels are not trained"
+
+
+def test_few_summaries_are_learned_by_heart(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    data = [rng.standard_normal((2, 4, 8)).astype(np.float16) for _ in range(2)]
+    cdm = CDM(CDMConfig(tokens=4, channels=8, magnifications=2, width=32, layers=2, heads=2)).train()
+    some = CDMOptimiserSettings(steps=400, batch_size=32, lr=3e-3, warmup=20, ema=0.98)
+    optimisation = Optimisation(cdm, some, tmp_path / "cdm.pt", 1e9)
+    optimisation.run(lambda step, _: x0_loss(cdm, *draw_batch(data, some, 0, step, "cpu"), False))
+    optimisation.average.exchange(cdm)
+    cdm.eval()
+    errors = heldout_errors(cdm, data, "cpu", 2)
+    assert all(error[0] < 0.05 for error in errors.values()), errors
+    for level, known in enumerate(data):
+        drawn = sample_summaries(cdm, level, 8, steps=20, batch_size=8)
+        gaps = torch.cdist(drawn.flatten(1), torch.from_numpy(known).float().flatten(1)) / 32**0.5
+        assert float(gaps.min(1).values.max()) < 0.2, "a sample is one of the two"
+        assert len(gaps.argmin(1).unique()) == 2, "and both occur"
+        others = torch.cdist(drawn.flatten(1), torch.from_numpy(data[1 - level]).float().flatten(1)) / 32**0.5
+        assert float(others.min()) > 0.5, "none is another magnification's"
+
+
+def test_a_killed_run_ends_with_the_same_bytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = settings(root, run=str(root / "whole"), out=str(root / "whole/cdm"))
+    train_cdm(whole)
+    cut = settings(root, checkpoint_s=1e-9, published=str(root / "cdm.pt"))
+
+    def dies(*args: object) -> object:
+        if args[3] == 2:
+            raise KeyboardInterrupt
+        return draw_batch(*args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "draw_batch", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_cdm(cut)
+    assert not (root / "model/cdm").exists(), "nothing half trained lies beside the model"
+    train_cdm(cut)
+    files = [folder / "model.safetensors" for folder in (root / "whole/cdm", root / "model/cdm")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    cdm = load_cdm(root / "model")
+    assert cdm.config.conditioner is not None
+    assert torch.equal(read_published(root / "cdm.pt", 2).x_embedder.weight, cdm.x_embedder.weight)
+    assert (root / "model/cdm/training.json").exists()
+    shutil.rmtree(root / "model/cdm")
+    train_cdm(cut)
+    assert files[0].read_bytes() == files[1].read_bytes(), "killed after the last checkpoint, it still writes"
+
+
+def test_a_run_of_other_settings_is_refused(root: Path) -> None:
+    train_cdm(settings(root))
+    with pytest.raises(TrainingError, match="another seed, another model"):
+        train_cdm(settings(root, seed=1, model=CDMSizes(width=8, layers=1, heads=2), threads=1))
+
+
+def test_a_run_on_another_summarizer_or_other_grids_is_refused(root: Path) -> None:
+    train_cdm(settings(root))
+    shutil.rmtree(root / "model")
+    ZoomLDM(tiny_config()).save_pretrained(root / "model")
+    np.save(root / "heldout/1.npy", np.load(root / "heldout/0.npy"))
+    with pytest.raises(TrainingError, match="another conditioner, another windows"):
+        train_cdm(settings(root))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train": "nothing/*.npy"}, "nothing/.*must name SSL grids"),
+        ({"train": "dim.npy"}, "have 16 channels; .*dim.npy has 17: it comes from another encoder"),
+        ({"train": "nan.npy"}, "must be finite"),
+        ({"train": "small.npy"}, "at 2.5x a window covers 8 x 8 cells; no grid of small.npy is as large"),
+        ({"per_magnification": (1, 2)}, "summaries.per_magnification must have one number, or 4"),
+    ],
+)
+def test_grids_that_do_not_fit_are_named(
+    root: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], message: str
+) -> None:
+    monkeypatch.chdir(root)
+    np.save("dim.npy", np.random.default_rng(0).standard_normal((17, 8, 8)))
+    np.save("small.npy", np.random.default_rng(0).standard_normal((16, 7, 8)))
+    np.save("nan.npy", np.full((16, 8, 8), np.nan))
+    config = settings(root)
+    with pytest.raises(EngineError, match=message):
+        train_cdm(replace(config, summaries=replace(config.summaries, **change)))  # type: ignore[arg-type]
+
+
+def test_a_model_without_summaries_is_refused(root: Path) -> None:
+    conditioner = ConditionerConfig(kind="token", output_dim=32)
+    ZoomLDM(tiny_config(magnifications=("20x",), conditioner=conditioner)).save_pretrained(root / "old")
+    with pytest.raises(EngineError, match="has a token conditioner"):
+        train_cdm(settings(root, source=str(root / "old")))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: CDMOptimiserSettings(magnification_weights=(0.0,)), "magnification_weights must be positive"),
+        (lambda: CDMOptimiserSettings(time_power=0), "time_power must lie in"),
+        (lambda: SummarySettings(per_magnification=()), "per_magnification must be positive"),
+        (lambda: CDMTrainingConfig(threads=0), "threads must be at least 1"),
+    ],
+)
+def test_settings_refuse_nonsense(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
