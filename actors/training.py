@@ -17,12 +17,12 @@ from actors.cluster import connect, node_resources
 from engine.config import RayConfig
 from engine.errors import ClusterError, EngineError, ReplicaLostError
 from engine.training.gradients import Group, ProcessGroup
-from engine.training.tasks import TaskConfig, learn
+from engine.training.tasks import PreparedConfig, learn
 
 log = logging.getLogger("engine.actors.training")
 
 
-def train_on_ray(config: TaskConfig) -> None:
+def train_on_ray(config: PreparedConfig) -> None:
     """Train on `config.ray.workers` workers, again from the last checkpoint when one is lost.
 
     Raises: the EngineError of a worker; ReplicaLostError when workers were lost too often; ClusterError.
@@ -47,12 +47,12 @@ def train_on_ray(config: TaskConfig) -> None:
                 log.warning("a worker was lost (%s); starting again from the last checkpoint", _first_line(error))
 
 
-def _private_cpus(config: TaskConfig) -> int | None:
+def _private_cpus(config: PreparedConfig) -> int | None:
     """Return the CPUs of a private Ray: what the workers take, if they are counted."""
     return config.ray.workers * config.ray.cpus_per_worker if config.ray.workers else None
 
 
-def _workers(config: TaskConfig) -> tuple[int, bool]:
+def _workers(config: PreparedConfig) -> tuple[int, bool]:
     """Return how many workers there are, and whether each has a GPU. Raises: ClusterError if they never fit."""
     nodes = node_resources()
     gpus = int(sum(node.gpus for node in nodes))
@@ -67,7 +67,7 @@ def _workers(config: TaskConfig) -> tuple[int, bool]:
     return workers, use_gpu
 
 
-def _fit(config: TaskConfig, workers: int, use_gpu: bool) -> None:
+def _fit(config: PreparedConfig, workers: int, use_gpu: bool) -> None:
     """Train until the end or the loss of a worker. Raises: ray's TrainingFailedError."""
     share = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     TorchTrainer(
@@ -79,7 +79,7 @@ def _fit(config: TaskConfig, workers: int, use_gpu: bool) -> None:
     ).fit()
 
 
-def _work(job: dict[str, TaskConfig]) -> None:
+def _work(job: dict[str, PreparedConfig]) -> None:
     """Train as one worker of the group that Ray has set up."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     config, context = job["config"], ray.train.get_context()

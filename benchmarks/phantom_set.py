@@ -7,8 +7,8 @@ import torch
 
 from engine.magnification import TILE_PX
 from engine.model.demo_encoder import DemoEncoder
-from engine.model.store import network_digest
-from engine.model.zoomldm import ZoomLDM
+from engine.model.ssl_encoder import digest_of
+from engine.model.zoomldm import ZoomLDM, autoencoder_digest
 from engine.prepared_facts import SetFacts, SlideFacts
 from engine.prepared_writer import PatchPlan, PreparedWriter, open_set
 from engine.slides.phantom import Phantom
@@ -30,8 +30,8 @@ def write_phantom_set(folder: Path, rows: int, columns: int, seed: int = 11) -> 
         vectors = encoder.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2)).numpy()
     shared = SetFacts(
         domain="brca", magnifications=demo.config.magnifications, base_mpp=demo.config.base_mpp, encoder="demo",
-        encoder_digest=network_digest(encoder.tensors()), ssl_dim=demo.config.ssl_dim,
-        autoencoder_digest=network_digest(demo.vae.state_dict()),
+        encoder_digest=digest_of(encoder.tensors()), ssl_dim=demo.config.ssl_dim,
+        autoencoder_digest=autoencoder_digest(demo),
     )  # fmt: skip
     open_set(folder, shared)
     size = (columns * TILE_PX, rows * TILE_PX)

@@ -1,9 +1,8 @@
-"""Train a ZoomLDM, its single-scale predecessor, the autoencoder or a CDM; or the demo on phantoms.
+"""Train a ZoomLDM, its single-scale predecessor or the autoencoder on a prepared set; a CDM; the demo on phantoms.
 
     python -m engine.train --config configs/train_brca.yaml --data DATA --initial.vae FOLDER
     python -m engine.train --config configs/train_brca.yaml --plan
     python -m engine.train --config configs/train_brca.yaml --run RUN --export
-    python -m engine.train --config configs/train_cdm.yaml
     python -m engine.train --config configs/train_demo.yaml
 
 `task` in the configuration says what is trained. The same command continues a run that was killed. This module may
@@ -16,23 +15,20 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from engine.arguments import parse, parse_with_flags, peek
 from engine.errors import EngineError
 from engine.interruption import sigterm_as_exit
 from engine.lock import RunLock
 from engine.ray_address import announce_address
-from engine.training.cdm_settings import CDMTrainingConfig
 from engine.training.cost import training_table
-from engine.training.settings import TrainingConfig
-from engine.training.tasks import ALONE_TASKS, TASKS, TaskConfig, learn, write_model
+from engine.training.tasks import TASKS, PreparedConfig, learn
 
 log = logging.getLogger("engine.train")
 
 PROG = "python -m engine.train"
 DESCRIPTION = (__doc__ or "").partition("\n")[0]
-C = TypeVar("C", TrainingConfig, CDMTrainingConfig, TaskConfig)
 FLAGS = {
     "plan": "print parameters, memory and FLOP of a step and the patches of the set, and stop",
     "export": "write the model of the last checkpoint as `output` says, and stop",
@@ -41,19 +37,18 @@ FLAGS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    task = peek(argv, "task", (*ALONE_TASKS, *TASKS), PROG)
-    if task in ALONE_TASKS:
-        alone = ALONE_TASKS[task]
-        return _logged(parse(argv, alone.schema, PROG, DESCRIPTION), alone.train)
-    config, flags = parse_with_flags(argv, TASKS[task], PROG, DESCRIPTION, FLAGS)
+    task = TASKS[peek(argv, "task", list(TASKS), PROG)]
+    if task.export is None:
+        return _logged(parse(argv, task.schema, PROG, DESCRIPTION), task.train)
+    config, flags = parse_with_flags(argv, task.schema, PROG, DESCRIPTION, FLAGS)
     if "plan" in flags:
         return _plan(config)
     if "export" in flags:
-        return _logged(config, write_model)
+        return _logged(config, task.export)
     return _logged(config, learn_on_ray if config.ray.enabled else learn)
 
 
-def _plan(config: TaskConfig) -> int:
+def _plan(config: PreparedConfig) -> int:
     try:
         sys.stdout.write(training_table(config) + "\n")
     except EngineError as error:
@@ -62,7 +57,7 @@ def _plan(config: TaskConfig) -> int:
     return 0
 
 
-def _logged(config: C, work: Callable[[C], None]) -> int:
+def _logged(config: Any, work: Callable[[Any], None]) -> int:
     """Do the work with a log on the terminal and in the run folder, which belongs to it; return the exit code."""
     folder = Path(config.run)
     try:
@@ -96,7 +91,7 @@ def _log_in(folder: Path) -> Iterator[None]:
             handler.close()
 
 
-def learn_on_ray(config: TaskConfig) -> None:
+def learn_on_ray(config: PreparedConfig) -> None:
     """Train on the workers of a Ray cluster, or of a private Ray."""
     announce_address(config.ray.address)
     from actors.training import train_on_ray  # Ray is imported only by runs that use it

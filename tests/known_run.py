@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from known_prepared import FACTS, write_slide
 
-from engine.model.store import network_digest
-from engine.model.zoomldm import ZoomLDM
+from engine.model.zoomldm import ZoomLDM, autoencoder_digest
 from engine.prepared_facts import SetFacts
 from engine.prepared_writer import open_set
 from engine.training.joint import DenoiserLesson, network_config
@@ -37,7 +36,7 @@ def write_autoencoder(folder: Path) -> SetFacts:
     torch.manual_seed(7)
     model = ZoomLDM(network_config(NETWORKS))
     model.save_pretrained(folder)
-    return replace(FACTS, magnifications=NAMES, autoencoder_digest=network_digest(model.vae.state_dict()))
+    return replace(FACTS, magnifications=NAMES, autoencoder_digest=autoencoder_digest(model))
 
 
 def write_data(folder: Path, facts: SetFacts, images: bool = False, without: str | None = None) -> Path:

@@ -144,13 +144,6 @@ def digest(weights: Weights) -> str:
     return total.hexdigest()
 
 
-def network_digest(state: Mapping[str, Tensor]) -> str:
-    """Return a SHA-256 over one network's names, shapes and values, hashed as float32."""
-    total = hashlib.sha256()
-    hash_tensors(total, "", state)
-    return total.hexdigest()
-
-
 def hash_tensors(total: "hashlib._Hash", part: str, state: Mapping[str, Tensor]) -> None:
     """Add names, shapes and float32 values of a state dict to a hash, in the order of the names."""
     for name, tensor in sorted(state.items()):

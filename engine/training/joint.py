@@ -16,9 +16,8 @@ from engine.errors import PreparedMismatchError
 from engine.magnification import LATENT_CHANNELS, TILE_LATENT_PX
 from engine.model.config import ConditionerConfig, ModelConfig, unet_arguments, vae_arguments
 from engine.model.ldm_export import ldm_config, write_ldm
-from engine.model.store import network_digest
 from engine.model.summarizer import GRID_SIDE
-from engine.model.zoomldm import ZoomLDM
+from engine.model.zoomldm import ZoomLDM, autoencoder_digest
 from engine.prepared import PreparedSet
 from engine.training.denoiser import DenoiserNetworks, squared_errors, wanted_output
 from engine.training.draws import DenoiserPart, PatchSource, Sample, draw_samples, read_part
@@ -100,7 +99,7 @@ class DenoiserLesson:
         data = PreparedSet(config.data)
         self.model = build_model(config)
         self.source = open_source(data, self.model.config)
-        data.require(autoencoder_digest=network_digest(self.model.vae.state_dict()))
+        data.require(autoencoder_digest=autoencoder_digest(self.model))
         self.chances = self.source.weights(config.train.magnification_weights)
         self.counts = [self.source.count(level) for level in range(len(self.chances))]
         self.keys = keys_of(

@@ -1,4 +1,7 @@
-"""What can be trained, by the name that the key `task` gives. It knows no command lines nor Ray."""
+"""What can be trained, by the name that the key `task` gives; the first is the default.
+
+It does not train.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,33 +16,28 @@ from engine.training.run import train
 from engine.training.settings import TrainingConfig
 from engine.training.vq_settings import VQConfig
 
+PreparedConfig = JointConfig | VQConfig
+"""Of what is trained on a prepared set, alone or by a group of workers."""
 
-class Alone(NamedTuple):
-    """Something that one process trains."""
+
+class Task(NamedTuple):
+    """One thing that can be trained."""
 
     schema: type[Any]
-    train: Callable[[Any], None]
+    train: Callable[..., None]
+    """Takes the configuration; on a prepared set also a group of workers."""
+    export: Callable[[Any], None] | None = None
+    """Writes the model of the last checkpoint of a training on a prepared set."""
 
 
-ALONE_TASKS = {"demo": Alone(TrainingConfig, train), "cdm": Alone(CDMTrainingConfig, train_cdm)}
-"""The embedded model on phantoms, and a CDM on stored summaries."""
-
-TaskConfig = JointConfig | VQConfig
-TASKS: dict[str, type[JointConfig] | type[VQConfig]] = {"denoiser": JointConfig, "autoencoder": VQConfig}
-"""What groups of workers train on a prepared set."""
-
-
-def learn(config: TaskConfig, group: Group = ALONE) -> None:
-    """Train, or continue, as one worker of a group, and write the model. Raises: EngineError."""
-    if isinstance(config, JointConfig):
-        joint.train(config, group)
-    else:
-        vq.train(config, group)
+TASKS = {
+    "demo": Task(TrainingConfig, train),
+    "cdm": Task(CDMTrainingConfig, train_cdm),
+    "denoiser": Task(JointConfig, joint.train, joint.export),
+    "autoencoder": Task(VQConfig, vq.train, vq.export),
+}
 
 
-def write_model(config: TaskConfig) -> None:
-    """Write the model of the last checkpoint. Raises: EngineError."""
-    if isinstance(config, JointConfig):
-        joint.export(config)
-    else:
-        vq.export(config)
+def learn(config: PreparedConfig, group: Group = ALONE) -> None:
+    """Train, or continue, on a prepared set as one worker of a group, and write the model. Raises: EngineError."""
+    TASKS[config.task].train(config, group)

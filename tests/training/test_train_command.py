@@ -78,7 +78,7 @@ def test_figures_reach_tensorboard(config: Path, tmp_path: Path) -> None:
 )
 def test_the_configs_describe_the_published_sizes(name: str, trained: float) -> None:
     argv = ["--config", f"configs/train_{name}.yaml"]
-    config, _ = parse_with_flags(argv, TASKS[peek(argv, "task", "demo", "test")], "test", "", {})
+    config, _ = parse_with_flags(argv, TASKS[peek(argv, "task", list(TASKS), "test")].schema, "test", "", {})
     networks = build_networks(network_config(config.model), "meta")
     learn = [networks.vae] if name == "vq" else [networks.unet, networks.conditioner]
     assert sum(p.numel() for net in learn for p in net.parameters()) == pytest.approx(trained, rel=1e-3)
