@@ -69,10 +69,9 @@ def kill_once(mark: Path):
     """Return a worker's work in which rank 1 dies in the fourth step, the first time."""
     import ray.train
 
-    def work(job: dict[str, JointConfig]) -> None:
-        from engine.training.gradients import ProcessGroup
+    def work(job: dict[str, Any]) -> None:
+        from actors.training import _work
         from engine.training.joint import DenoiserLesson
-        from engine.training.tasks import learn
 
         losses, rank, begun = DenoiserLesson.losses, ray.train.get_context().get_world_rank(), []
 
@@ -84,7 +83,7 @@ def kill_once(mark: Path):
             return losses(self, *args)
 
         DenoiserLesson.losses = dying  # type: ignore[method-assign]
-        learn(job["config"], ProcessGroup())
+        _work(job)
 
     return work
 
