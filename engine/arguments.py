@@ -70,7 +70,7 @@ def peek(argv: Sequence[str], key: str, known: Sequence[str], prog: str) -> str:
         except (OSError, UnicodeDecodeError, UsageError, yaml.YAMLError):
             continue
         found = content.get(key, found) if isinstance(content, dict) else found
-    for token, after in zip(argv, [*argv[1:], ""], strict=True):
+    for token, after in zip(argv, [*argv, ""][1:], strict=True):
         if token.partition("=")[0] == f"--{key}":
             found = token.partition("=")[2] or after
     if found not in known:
