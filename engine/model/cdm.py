@@ -110,7 +110,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         features = get_timestep_embedding(t, TIME_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0)
-        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(features.to(next(self.mlp.parameters())))
 
 
 class MagnificationEmbedder(nn.Module):
