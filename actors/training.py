@@ -91,12 +91,16 @@ def _work(job: dict[str, PreparedConfig]) -> None:
 def _raise_own_errors(error: TrainingFailedError) -> None:
     """Raise what our code raised on a worker, unless it followed from the loss of another one."""
     failures = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
-    raised = [getattr(failure, "_base_exc", None) for failure in failures]  # None: Ray's own word for a lost worker
-    for base in raised:
-        if isinstance(base, EngineError):
-            raise base from None
-    if not failures or not any(base is None or _is_silence(base) for base in raised):
+    for failure in failures:
+        if isinstance(failure, EngineError):
+            raise failure from None
+    if not any(_is_rays_own(failure) or _is_silence(failure) for failure in failures):
         raise error
+
+
+def _is_rays_own(error: BaseException) -> bool:
+    """Say whether an error is Ray's word for a lost worker and not raised by a worker; its classes are not public."""
+    return type(error).__module__.partition(".")[0] == "ray"
 
 
 def _is_silence(error: BaseException) -> bool:
