@@ -275,7 +275,7 @@ class RunConfig:
         _require(by != "inversion" or self.guide is not None, "condition=inversion needs a guide to invert", self.guide,
                  "Use python -m engine.superres.")  # fmt: skip
         _require(by != "cdm" or not self.guide, "condition=cdm makes a guide of its own", self.guide)
-        _require(2 <= self.cdm_steps <= 1000, "cdm_steps must lie in 2..1000", self.cdm_steps)
+        _require(2 <= self.cdm_steps <= 1000, "cdm_steps must be at least 2 and at most 1000", self.cdm_steps)
         _require(not self.guide or len(self.canvas.levels or ()) > 1,
                  "a guide needs canvas.levels, its own magnification first", self.canvas.levels,
                  "Use python -m engine.superres, which sets them.")  # fmt: skip

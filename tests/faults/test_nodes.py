@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,15 +121,16 @@ def wait_for_commit(folder: Path, commits: int, process: subprocess.Popen[str]) 
 
 
 def busy_node(cluster: Cluster) -> int:
-    """Return a node other than the head that holds a replica; wait for one."""
+    """Return a node other than the head whose replica is at work; wait for one. Ray names a worker by what it does."""
     until = time.monotonic() + END_S
     while time.monotonic() < until:
         for number in (1, 2):
             for child in psutil.Process(cluster.nodes[number][-1]).children(recursive=True):
-                if child.name().startswith("ray::Denoiser"):
-                    return number
-        time.sleep(0.1)
-    raise AssertionError("no replica came to a node other than the head")
+                with suppress(psutil.Error):  # it may end meanwhile
+                    if " ".join(child.cmdline()).startswith("ray::DenoiserActor.denoise"):
+                        return number
+        time.sleep(0.01)
+    raise AssertionError("no replica was at work on a node other than the head")
 
 
 def test_node_killed_in_a_run(long_scene: Scene, ledger: Ledger, cluster: Cluster, tmp_path: Path) -> None:
