@@ -93,4 +93,4 @@ def denoise_summaries(cdm: CDM, noise: Tensor, magnification: int | Tensor, time
         t = torch.full((len(x),), times[int(k)], device=device)
         x0 = cdm.predict_x0(x.to(cdm.pos_embed.dtype), t, labels).float()
         x = scheduler.step(x0, int(k), x, return_dict=False)[0]
-    return x
+    return cdm.restored(x, labels)

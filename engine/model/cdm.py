@@ -39,6 +39,9 @@ class CDMConfig:
     layers: int = 12
     heads: int = 12
     conditioner: str | None = None
+    standardised: bool = False
+    """Whether it works on summaries less their mean, over their spread, per magnification and entry. The published
+    files have no such numbers. Entries vary by a tenth of their mean, which need not be learned first."""
 
     def __post_init__(self) -> None:
         for name in ("tokens", "channels", "magnifications", "layers", "heads"):
@@ -140,12 +143,15 @@ class FinalLayer(nn.Module):
 class CDM(nn.Module):
     """Predict clean summaries `(B, T, C)` from noisy ones.
 
-    `forward` returns (B, T, 2C): x0, then the channels of a learned variance, which the published layout has. Sampling
-    does not read them and training here (engine.training.cdm) does not teach them: with eta = 0 no variance is used.
+    `forward` returns (B, T, 2C): x0 of standardised summaries (`standard`), then the channels of a learned variance,
+    which the published layout has. Sampling does not read them and training here (engine.training.cdm) does not teach
+    them: with eta = 0 no variance is used.
     The published code holds tokens last, (B, C, T).
     """
 
     pos_embed: Tensor
+    mean: Tensor
+    spread: Tensor
 
     def __init__(self, config: CDMConfig) -> None:
         super().__init__()
@@ -154,6 +160,9 @@ class CDM(nn.Module):
         # Fixed, but part of the published files: a buffer, so that it is stored and not trained.
         places = get_1d_sincos_pos_embed_from_grid(width, torch.arange(config.tokens))
         self.register_buffer("pos_embed", places.float()[None])
+        if config.standardised:
+            for name, start in (("mean", torch.zeros), ("spread", torch.ones)):
+                self.register_buffer(name, start(config.magnifications, config.tokens, config.channels))
         self.x_embedder = nn.Linear(config.channels, width)
         self.t_embedder = TimeEmbedder(width)
         self.y_embedder = MagnificationEmbedder(config.magnifications, width)
@@ -186,6 +195,16 @@ class CDM(nn.Module):
             tokens = block(tokens, told)
         return self.final_layer(tokens, told)
 
+    def standard(self, summaries: Tensor, magnification: Tensor) -> Tensor:
+        """Return what the network sees of clean summaries (B, T, C), magnification indices (B,)."""
+        if not self.config.standardised:
+            return summaries
+        return (summaries - self.mean[magnification]) / self.spread[magnification]
+
+    def restored(self, x0: Tensor, magnification: Tensor) -> Tensor:
+        """Return the summaries (B, T, C) whose `standard` form is x0."""
+        return x0 * self.spread[magnification] + self.mean[magnification] if self.config.standardised else x0
+
     def predict_x0(self, x: Tensor, t: Tensor, magnification: Tensor) -> Tensor:
-        """Return the clean summaries (B, T, C) that `forward` predicts."""
+        """Return the clean standardised summaries (B, T, C) that `forward` predicts."""
         return self.forward(x, t, magnification)[..., : self.config.channels]

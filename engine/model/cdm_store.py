@@ -107,7 +107,15 @@ def read_published(path: Path, heads: int | None = None) -> CDM:
 
 
 def write_published(path: Path, cdm: CDM) -> None:
-    """Write the published file: the weights in float32 under "ema". Which Summarizer it belongs to is lost."""
+    """Write the published file: the weights in float32 under "ema". Which Summarizer it belongs to is lost.
+
+    Raises: CheckpointError for a CDM on standardised summaries, which that file cannot describe.
+    """
+    if cdm.config.standardised:
+        raise CheckpointError(
+            f"{path} would have to hold the mean and spread of this CDM's summaries; the published layout has no place "
+            "for them. Train with --model.standardised false."
+        )
     torch.save({"ema": {name: value.float().cpu() for name, value in cdm.state_dict().items()}}, path)
 
 

@@ -55,7 +55,10 @@ def train_cdm(config: CDMTrainingConfig) -> None:
         for source, wanted, name in zip(sources, counts, ("train", "heldout"), strict=True)
     )
     torch.manual_seed(config.seed)
-    cdm = CDM(sizes).to(config.device).train()
+    cdm = CDM(sizes)
+    if sizes.standardised:
+        standardise(cdm, train)
+    cdm = cdm.to(config.device).train()
     optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s)
 
     def loss_of(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
@@ -78,6 +81,16 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     minutes = round(optimisation.seconds / 60, 1)
     write(cdm, config, {"steps": optimisation.step, "skipped_steps": optimisation.skipped, "minutes": minutes,
                         "heldout_x0_mse": measured(optimisation), "torch": torch.__version__})  # fmt: skip
+
+
+def standardise(cdm: CDM, train: Summaries) -> None:
+    """Set a CDM's mean and spread, per magnification and entry, to those of the summaries it learns from."""
+    for level, some in enumerate(train):
+        rows = np.asarray(some, np.float32)
+        spread = rows.std(axis=0)
+        cdm.mean[level] = torch.from_numpy(rows.mean(axis=0))
+        # An entry that hardly varies must not become noise of the size of the others.
+        cdm.spread[level] = torch.from_numpy(np.maximum(spread, max(float(spread.mean()) / 10, 1e-4)))
 
 
 def settle(run: Path, config: CDMTrainingConfig, sources: dict[str, object]) -> None:
@@ -164,7 +177,8 @@ def noisy(x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:
 def x0_loss(
     cdm: CDM, x0: Tensor, noise: Tensor, times: Tensor, magnifications: Tensor, bfloat16: bool
 ) -> tuple[Tensor, dict[str, float]]:
-    """Return the mean squared error of the predicted clean summaries."""
+    """Return the mean squared error of the predicted clean summaries, standardised as the CDM sees them."""
+    x0 = cdm.standard(x0, magnifications)
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=bfloat16):
         predicted = cdm.predict_x0(noisy(x0, noise, times), times, magnifications)
     return (predicted.float() - x0).square().mean(), {}

@@ -21,6 +21,9 @@ class CDMSizes:
     """Transformer blocks."""
     heads: int = 12
     """Attention heads."""
+    standardised: bool = True
+    """Learn summaries less their mean, over their spread, per magnification and entry: it learns much sooner. The
+    published files cannot hold these numbers; false for `published`."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class CDMOptimiserSettings(OptimiserSettings):
     """Share of each magnification in a batch, base first; one number = equal shares. Data sets have a thousand times
     fewer patches at the coarsest magnification than at the base, so shares by count would not teach it."""
     time_power: float = 1.0
-    """Times are 1000·u**time_power with u uniform: 1 as published. Summaries of one magnification differ by a fraction
-    of their distance from zero, so what tells them apart is decided at early times; 2 visits these more often."""
+    """Times are 1000·u**time_power with u uniform: 1 as published. Unless they are standardised, summaries of one
+    magnification differ by a fraction of their distance from zero, so what tells them apart is decided at early times;
+    2 visits these more often."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,3 +107,6 @@ class CDMTrainingConfig:
         _require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
         _require(self.threads >= 1, "threads must be at least 1", self.threads)
         _require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
+        _require(self.published is None or not self.model.standardised,
+                 "published needs model.standardised false (the published file cannot hold mean and spread)",
+                 self.published)  # fmt: skip

@@ -102,6 +102,16 @@ def test_our_layout_comes_back_bit_by_bit_and_from_halves(tmp_path: Path) -> Non
     assert not half.training
 
 
+def test_a_standardised_one_comes_back_and_is_not_published(tmp_path: Path) -> None:
+    cdm = CDM(CDMConfig(**SIZES, standardised=True))
+    cdm.mean.normal_()
+    save_cdm(tmp_path / "cdm", cdm)
+    assert torch.equal(read_cdm(tmp_path / "cdm").mean, cdm.mean)
+    with pytest.raises(CheckpointError, match="--model.standardised false"):
+        write_published(tmp_path / "cdm.pt", cdm)
+    assert not (tmp_path / "cdm.pt").exists()
+
+
 def test_heads_follow_from_the_widths_that_were_published(tmp_path: Path) -> None:
     write_published(tmp_path / "s.pt", tiny_cdm(width=384, layers=1, heads=3))
     assert read_published(tmp_path / "s.pt").config.heads == 6

@@ -129,9 +129,10 @@ def test_few_summaries_are_learned_by_heart(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_ends_with_the_same_bytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = settings(root, run=str(root / "whole"), out=str(root / "whole/cdm"))
+    sizes = CDMSizes(width=16, layers=1, heads=2, standardised=False)
+    whole = settings(root, run=str(root / "whole"), out=str(root / "whole/cdm"), model=sizes)
     train_cdm(whole)
-    cut = settings(root, checkpoint_s=1e-9, published=str(root / "cdm.pt"))
+    cut = settings(root, checkpoint_s=1e-9, published=str(root / "cdm.pt"), model=sizes)
 
     def dies(*args: object) -> object:
         if args[3] == 2:
@@ -153,6 +154,27 @@ def test_a_killed_run_ends_with_the_same_bytes(root: Path, monkeypatch: pytest.M
     shutil.rmtree(root / "model/cdm")
     train_cdm(cut)
     assert files[0].read_bytes() == files[1].read_bytes(), "killed after the last checkpoint, it still writes"
+
+
+def test_it_learns_standardised_summaries_and_draws_plain_ones(root: Path) -> None:
+    """A few steps leave a CDM near the mean of what it learns from, because it begins there."""
+    train_cdm(settings(root))
+    cdm = load_cdm(root / "model")
+    for level, name in enumerate(SCALE.names):
+        known = torch.from_numpy(np.load(root / f"run/summaries/train/{name}.npy")).float()
+        assert torch.allclose(cdm.mean[level], known.mean(0), atol=1e-6)
+        labels = torch.full((len(known),), level)
+        seen = cdm.standard(known, labels)
+        assert float(seen.std(0, correction=0).max()) < 1.01
+        assert float(seen.std(0, correction=0).median()) == pytest.approx(1, abs=0.01)
+        assert torch.allclose(cdm.restored(seen, labels), known, atol=1e-5)
+        drawn = sample_summaries(cdm, level, 2, steps=4)
+        assert float((drawn - known.mean(0)).abs().max()) < 10 * float(known.std(0).max())
+
+
+def test_the_published_file_cannot_hold_mean_and_spread(root: Path) -> None:
+    with pytest.raises(ValueError, match="published needs model.standardised false"):
+        settings(root, published=str(root / "cdm.pt"))
 
 
 def test_a_run_of_other_settings_is_refused(root: Path) -> None:
