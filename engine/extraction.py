@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.extraction_config import ExtractConfig
 from engine.extraction_encoders import describe, scale_names
-from engine.extraction_outputs import SlideOutputs
+from engine.extraction_outputs import ExtractionOutputs
 from engine.extraction_report import SlideRecord, write_page
 from engine.lock import RunLock
 from engine.progress import Progress
@@ -34,6 +34,6 @@ def extract(config: ExtractConfig, engage: Engage, progress: Progress, only_fail
         names, encoders = scale_names(config), describe(config)
         weights = encoders[config.encoders[0]].attributes["weights_sha256"]
         hold_settings(config, {**config.settings(), "weights": weights})
-        outputs = SlideOutputs(folder, config, names, encoders)
+        outputs = ExtractionOutputs(folder, config, names, encoders)
         run = SlideRun(config, paths, records, outputs, progress, only_failed)
         return run.go(lambda: engage(config, names), write_page)

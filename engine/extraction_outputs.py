@@ -3,20 +3,20 @@
 Invariant: a block that was taken survives a kill; files appear whole. It does not know how vectors come about.
 """
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine import __version__
 from engine.bag_plan import check_slide_name
 from engine.bag_writer import BagWriter, written
 from engine.bags import BagAttributes, BagFile, BagPlan, BagScale, bag_path
-from engine.errors import BagError, BagMismatchError, SlideError
+from engine.errors import BagError, BagMismatchError
 from engine.extraction_blocks import BlockFeatures, SlidePlan, SlideTask
 from engine.extraction_config import ExtractConfig
 from engine.extraction_encoders import EncoderFacts
 from engine.extraction_report import SlideRecord
+from engine.slide_outputs import OpenSlide, Outputs
 from engine.slide_report import DONE
 from engine.slides.grid import PARENT_FACTOR
 from engine.slides.table import note_on
@@ -27,26 +27,20 @@ THUMBNAILS, TISSUE = "thumbnails", "tissue"
 
 
 @dataclass
-class _OpenSlide:
-    """A slide whose blocks arrive."""
-
+class _OpenSlide(OpenSlide):
     plan: SlidePlan
     writers: dict[str, BagWriter]
-    waiting: int
-    started: float
     damaged: int = 0
 
 
-@dataclass
-class SlideOutputs:
+class ExtractionOutputs(Outputs[SlidePlan, BlockFeatures, _OpenSlide, SlideRecord]):
     """Writes what arrives; knows which slides are under way."""
 
-    folder: Path
-    config: ExtractConfig
-    names: tuple[str, str]
-    encoders: Mapping[str, EncoderFacts]
-    write_s: float = 0.0
-    _open: dict[str, _OpenSlide] = field(default_factory=dict)
+    def __init__(
+        self, folder: Path, config: ExtractConfig, names: tuple[str, str], encoders: Mapping[str, EncoderFacts]
+    ) -> None:
+        super().__init__(folder)
+        self.config, self.names, self.encoders = config, names, encoders
 
     def task(self, slide: str, path: Path) -> SlideTask | None:
         """Return what of a slide is to do, or None if nothing is missing.
@@ -64,53 +58,31 @@ class SlideOutputs:
         """Return the record of a slide of which this run knows no more."""
         return SlideRecord(slide, str(path), status)
 
-    def begin(self, plan: SlidePlan) -> SlideRecord | None:
-        """Take up a slide; return its record if no block is missing. Raises: BagError, CanvasError, SlideError."""
-        start = time.perf_counter()
+    def _opened(self, plan: SlidePlan, waiting: int, started: float) -> _OpenSlide:
         writers = {}
         for name, facts in self.encoders.items():
             if not self._has_bag(name, plan.slide):
                 writers[name] = BagWriter(self._bag(name, plan.slide), self._bag_plan(plan, facts))
         write_tissue(self._beside(TISSUE, plan.slide, ".geojson"), plan.tissue)
         write_atomically(self._beside(THUMBNAILS, plan.slide, ".jpg"), plan.thumbnail)
-        self._open[plan.slide] = _OpenSlide(plan, writers, len(plan.blocks), start - plan.seconds)
-        return self._finish_if_complete(plan.slide, start)
+        return _OpenSlide(plan, waiting, started, writers)
 
-    def take(self, block: BlockFeatures) -> SlideRecord | None:
-        """Store a block; return the slide's record when it was the last. Raises: BagError, CanvasError, SlideError.
-
-        Blocks of a slide that has failed are dropped.
-        """
-        start = time.perf_counter()
-        slide = self._open.get(block.slide)
-        if slide is None:
-            return None
+    def _store(self, slide: _OpenSlide, block: BlockFeatures) -> None:
         for name, writer in slide.writers.items():
             for scale in reversed(self.names):
                 writer.write(scale, block.first[scale], block.vectors[name][scale], block.valid[scale])
-        slide.waiting, slide.damaged = slide.waiting - 1, slide.damaged + block.damaged
-        return self._finish_if_complete(block.slide, start)
+        slide.damaged += block.damaged
 
-    def drop(self, slide: str) -> None:
-        """Stop waiting for a slide that failed; what is written stays for the next try."""
-        self._open.pop(slide, None)
+    def _damage(self, slide: _OpenSlide) -> tuple[int, int]:
+        """Return how many tiles at 20x are masked, and of how many."""
+        return self._masked(slide)[0], len(slide.plan.grid)
 
-    @property
-    def unfinished(self) -> list[str]:
-        """Names of the slides whose blocks have not all arrived."""
-        return list(self._open)
-
-    def _finish_if_complete(self, name: str, start: float) -> SlideRecord | None:
-        slide, record = self._open[name], None
-        if not slide.waiting:
-            masked = self._masked(slide)
-            self._refuse_damage(slide.plan, masked[0])
-            for writer in slide.writers.values():
-                writer.finish()
-            del self._open[name]
-            record = self._record(slide, masked)
-        self.write_s += time.perf_counter() - start
-        return record
+    def _finished(self, slide: _OpenSlide) -> SlideRecord:
+        self._refuse_damage(slide, self.config.blocks.slide_damage)
+        masked = self._masked(slide)
+        for writer in slide.writers.values():
+            writer.finish()
+        return self._record(slide, masked)
 
     def _masked(self, slide: _OpenSlide) -> tuple[int, int]:
         """Return how many tiles of both scales are not valid."""
@@ -118,15 +90,6 @@ class SlideOutputs:
             return writer.masked(self.names[0]), writer.masked(self.names[1])
         with BagFile(self._bag(next(iter(self.encoders)), slide.plan.slide)) as bag:
             return int((~bag.valid(self.names[0])).sum()), int((~bag.valid(self.names[1])).sum())
-
-    def _refuse_damage(self, plan: SlidePlan, masked: int) -> None:
-        share, limit = masked / max(len(plan.grid), 1), self.config.blocks.slide_damage
-        if share > limit:
-            raise SlideError(
-                "damaged",
-                f"{plan.slide}: at most {limit:.0%} of the tiles may be damaged; {share:.0%} are ({masked} of "
-                f"{len(plan.grid)}). Copy {plan.path} again, or raise --blocks.slide_damage: the tiles are kept.",
-            )
 
     def _record(self, slide: _OpenSlide, masked: tuple[int, int]) -> SlideRecord:
         plan = slide.plan
@@ -147,7 +110,7 @@ class SlideOutputs:
             mpp_y=plan.resolution.mpp_y,
             mpp_source=plan.resolution.source,
             reader=plan.reader,
-            seconds=round(time.perf_counter() - slide.started, 2),
+            seconds=slide.seconds,
         )
 
     def _bag_plan(self, plan: SlidePlan, facts: EncoderFacts) -> BagPlan:

@@ -4,7 +4,6 @@ Invariant: a block that was taken survives a kill. It does not know how latents 
 """
 
 import io
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,30 +18,24 @@ from engine.preparation_plan import source_digest
 from engine.preparation_report import SAMPLES, PreparedRecord
 from engine.prepared_facts import SLIDE, SetFacts, SlideFacts, read_slide_facts
 from engine.prepared_writer import PreparedWriter, journal_of, slide_folder
+from engine.slide_outputs import OpenSlide, Outputs
 from engine.slide_report import DONE
 from engine.state import write_atomically
 
 
 @dataclass
-class _OpenSlide:
-    """A slide whose blocks arrive."""
-
+class _OpenSlide(OpenSlide):
     plan: PreparedPlan
     writer: PreparedWriter
-    waiting: int
-    started: float
     sampled: set[str] = field(default_factory=set)
 
 
-@dataclass
-class PreparedOutputs:
+class PreparedOutputs(Outputs[PreparedPlan, BlockLatents, _OpenSlide, PreparedRecord]):
     """Writes what arrives; knows which slides are under way."""
 
-    folder: Path
-    config: PrepareConfig
-    shared: SetFacts
-    write_s: float = 0.0
-    _open: dict[str, _OpenSlide] = field(default_factory=dict)
+    def __init__(self, folder: Path, config: PrepareConfig, shared: SetFacts) -> None:
+        super().__init__(folder)
+        self.config, self.shared = config, shared
 
     def task(self, slide: str, path: Path) -> PrepareTask | None:
         """Return what of a slide is to do, or None if it is whole.
@@ -66,60 +59,27 @@ class PreparedOutputs:
             return _record(read_slide_facts(self.folder, slide), path)
         return PreparedRecord(slide, str(path), status)
 
-    def begin(self, plan: PreparedPlan) -> PreparedRecord | None:
-        """Take up a slide; return its record if no block is missing. Raises: PreparedError, CanvasError, SlideError."""
-        start = time.perf_counter()
+    def _opened(self, plan: PreparedPlan, waiting: int, started: float) -> _OpenSlide:
         writer = PreparedWriter(self.folder, self.shared, plan.facts, plan.patches)
         self._picture(f"thumbnails/{plan.slide}.jpg", plan.thumbnail)
-        self._open[plan.slide] = _OpenSlide(plan, writer, len(plan.blocks), start - plan.seconds)
-        return self._finish_if_complete(plan.slide, start)
+        return _OpenSlide(plan, waiting, started, writer)
 
-    def take(self, block: BlockLatents) -> PreparedRecord | None:
-        """Store a block; return the slide's record when it was the last. Raises as `begin`.
-
-        Blocks of a slide that has failed are dropped.
-        """
-        start = time.perf_counter()
-        slide = self._open.get(block.slide)
-        if slide is None:
-            return None
+    def _store(self, slide: _OpenSlide, block: BlockLatents) -> None:
         arrays = {"latents": block.latents} | ({} if block.images is None else {"images": block.images})
         slide.writer.write(block.index, block.cells, (block.magnification, block.first, arrays))
         if block.sample is not None and block.magnification not in slide.sampled:
             slide.sampled.add(block.magnification)
             self._picture(f"{SAMPLES}/{block.magnification}/{block.slide}.jpg", _jpeg(block.sample))
-        slide.waiting -= 1
-        return self._finish_if_complete(block.slide, start)
 
-    def drop(self, slide: str) -> None:
-        """Stop waiting for a slide that failed; what is written stays for the next try."""
-        self._open.pop(slide, None)
+    def _damage(self, slide: _OpenSlide) -> tuple[int, int]:
+        """Return how many patches of the base are damaged, and of how many."""
+        bad = slide.writer.damaged().get(self.shared.magnifications[0], np.zeros(0, np.bool_))
+        return int(bad.sum()), len(bad)
 
-    @property
-    def unfinished(self) -> list[str]:
-        """Names of the slides whose blocks have not all arrived."""
-        return list(self._open)
-
-    def _finish_if_complete(self, name: str, start: float) -> PreparedRecord | None:
-        slide, record = self._open[name], None
-        if not slide.waiting:
-            self._refuse_damage(slide)
-            facts = slide.writer.finish()
-            del self._open[name]
-            seconds = round(time.perf_counter() - slide.started, 2)
-            record = _record(facts, slide.plan.path, slide.plan.tissue_share, seconds)
-        self.write_s += time.perf_counter() - start
-        return record
-
-    def _refuse_damage(self, slide: _OpenSlide) -> None:
-        base, limit = self.shared.magnifications[0], self.config.blocks.slide_damage
-        bad = slide.writer.damaged().get(base, np.zeros(1, np.bool_))
-        if bad.mean() > limit:
-            raise SlideError(
-                "damaged",
-                f"{slide.plan.slide}: at most {limit:.0%} of the patches may be damaged; {bad.mean():.0%} are. Copy "
-                f"{slide.plan.path} again, or raise --blocks.slide_damage: the others are kept.",
-            )
+    def _finished(self, slide: _OpenSlide) -> PreparedRecord:
+        self._refuse_damage(slide, self.config.blocks.slide_damage)
+        facts = slide.writer.finish()
+        return _record(facts, slide.plan.path, slide.plan.tissue_share, slide.seconds)
 
     def _picture(self, name: str, data: bytes) -> None:
         path = self.folder / name

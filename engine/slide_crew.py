@@ -4,6 +4,7 @@ A task becomes a slide's plan and its blocks, a block its pixels, pixels a resul
 `SlideFailure`, data like the others. It does not know what blocks hold or what results are for.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ class SlideFailure:
     message: str
 
 
-class BlockResult:
+class BlockResult(ABC):
     """What every block's result says about itself; a base of frozen dataclasses that have these fields."""
 
     slide: str
@@ -35,9 +36,9 @@ class BlockResult:
     """How long the encoder had nothing to do before this block; its first block does not count."""
 
     @property
+    @abstractmethod
     def tiles(self) -> int:
         """How many tiles the block has, of all magnifications."""
-        raise NotImplementedError
 
 
 class Worker(Protocol):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import yaml
 
@@ -20,6 +20,7 @@ from engine import __version__
 from engine.errors import BagError, CanvasError, EngineError, PreparedError, SlideError
 from engine.progress import Progress
 from engine.slide_crew import BlockResult, Crew, SlideFailure, SlidesConfig
+from engine.slide_outputs import Outputs
 from engine.slide_report import DONE, FAILED, Record, write_report
 from engine.slides.slide import find_slides, slide_name
 from engine.state import check_keys, plain, write_atomically
@@ -27,38 +28,6 @@ from engine.state import check_keys, plain, write_atomically
 SETTINGS = "settings.json"
 REPORT_EVERY_S = 10.0
 R = TypeVar("R", bound=Record)
-R_co = TypeVar("R_co", bound=Record, covariant=True)
-
-
-class Outputs(Protocol[R_co]):
-    """What a run leaves per slide; the only writer of its folder."""
-
-    write_s: float
-
-    @property
-    def unfinished(self) -> list[str]:
-        """Names of the slides whose blocks have not all arrived."""
-        ...
-
-    def task(self, slide: str, path: Path) -> Any | None:
-        """Return what of a slide is to do, or None. Raises EngineError for what is there and cannot be used."""
-        ...
-
-    def record(self, slide: str, path: Path, status: str) -> R_co:
-        """Return the record of a slide of which this run knows no more."""
-        ...
-
-    def begin(self, plan: Any) -> R_co | None:
-        """Take up a slide; return its record if no block is missing. Raises EngineError."""
-        ...
-
-    def take(self, block: Any) -> R_co | None:
-        """Store a block; return the slide's record when it was the last. Raises EngineError."""
-        ...
-
-    def drop(self, slide: str) -> None:
-        """Stop waiting for a slide that failed; what is written stays for the next try."""
-        ...
 
 
 @dataclass
@@ -117,7 +86,7 @@ class SlideRun(Generic[R]):
     """One invocation."""
 
     def __init__(
-        self, config: SlidesConfig, paths: Sequence[Path], records: Mapping[str, R], outputs: Outputs[R],
+        self, config: SlidesConfig, paths: Sequence[Path], records: Mapping[str, R], outputs: Outputs[Any, Any, Any, R],
         progress: Progress, only_failed: bool = False,
     ) -> None:  # fmt: skip
         """`records` are those of earlier runs by path. `only_failed` tries those alone that they list as failed."""

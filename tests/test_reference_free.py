@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_run import store_model
 
 import generate_large
 from engine import conditions
 from engine.image import Image
 from engine.model.cdm import CDM, CDMConfig
 from engine.model.cdm_store import save_cdm
-from engine.model.colour import LinearColour
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import tiny_config
 
 
 def random_cdm(seed: int) -> CDM:
@@ -30,14 +30,9 @@ def random_cdm(seed: int) -> CDM:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("inputs")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ZoomLDM(tiny_config())
-    model.extras["guidance/linear"] = LinearColour(torch.eye(3).double(), torch.zeros(3).double()).tensors()
-    model.save_pretrained(folder / "model")
     save_cdm(folder / "cdm", random_cdm(0))
     flags = {
-        "model.source": folder / "model",
+        "model.source": store_model(folder),
         "model.cdm_source": folder / "cdm",
         "condition": "cdm",
         "cdm_steps": 2,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
-import torch
+from tiny_run import store_model
 
 import generate_large
 from engine import conditions, superres
@@ -17,8 +17,6 @@ from engine.enlarged import enlarged_tile
 from engine.guidance import GuidePicture
 from engine.image import Image
 from engine.magnification import BRCA_SCALE
-from engine.model.colour import LinearColour
-from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.predict import LocalDenoiser
 from engine.superres import SuperresConfig, factor_of, plan_run
 
@@ -30,15 +28,10 @@ HEIGHT, WIDTH = 96, 130
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags of a 4x enlargement in two steps with a random tiny model that has a colour map."""
     folder = tmp_path_factory.mktemp("inputs")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = ZoomLDM(tiny_config())
-    model.extras["guidance/linear"] = LinearColour(torch.eye(3).double(), torch.zeros(3).double()).tensors()
-    model.save_pretrained(folder / "model")
     pixels = np.random.default_rng(0).integers(40, 216, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     PIL.Image.fromarray(pixels).save(folder / "low.png")
     flags = {
-        "model.source": folder / "model",
+        "model.source": store_model(folder),
         "inversion.steps": 2,
         "sampling.stride": 100,
         "sampling.weight": 0,

@@ -9,13 +9,18 @@ from engine.model.colour import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
 
 
-def store_inputs(folder: Path, rows: int, columns: int) -> dict[str, object]:
-    """Store a model with a colour map, and SSL vectors for rows × columns cells; return the flags for them."""
+def store_model(folder: Path) -> Path:
+    """Store a random model with a colour map; return where."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ZoomLDM(tiny_config())
     model.extras["guidance/linear"] = LinearColour(torch.eye(3).double(), torch.zeros(3).double()).tensors()
     model.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def store_inputs(folder: Path, rows: int, columns: int) -> dict[str, object]:
+    """Store a model, and SSL vectors for rows × columns cells; return the flags for them."""
     cells = np.random.default_rng(0).normal(size=(16, rows, columns))
     np.save(folder / "cells.npy", cells.astype(np.float32))
-    return {"model.source": folder / "model", "embeddings": folder / "cells.npy"}
+    return {"model.source": store_model(folder), "embeddings": folder / "cells.npy"}

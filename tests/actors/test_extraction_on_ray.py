@@ -1,16 +1,14 @@
 """Extraction on Ray: the bytes of the local run, on two CPUs without standing still, whatever dies."""
 
-import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import torch
+from killing import killing
 from written_slides import tissue, write_tiff
 
 from actors import slide_pipeline as on_ray
@@ -18,7 +16,6 @@ from actors.slide_pipeline import Shape, shape_of, work_on_ray
 from engine.config import RayConfig
 from engine.errors import ClusterError
 from engine.extraction import Engage, extract
-from engine.extraction_blocks import BlockFeatures, Message, SlideTask
 from engine.extraction_config import BlockConfig, ExtractConfig
 from engine.extraction_local import ExtractStages, extract_alone
 from engine.features import FeatureConfig
@@ -68,17 +65,7 @@ def test_the_bytes_of_the_local_run_on_all_replicas_though_one_is_killed(local: 
 
     @contextmanager
     def engage(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
-        crew = work_on_ray(ExtractStages(config, names))
-
-        def work(tasks: Sequence[SlideTask]) -> Iterator[Message]:
-            for message in crew.work(tasks):
-                if isinstance(message, BlockFeatures) and not killed:
-                    below = psutil.Process().children(recursive=True)
-                    killed.append(next(p.pid for p in below if "_Encoder" in p.name() or "MapWorker" in p.name()))
-                    os.kill(killed[0], signal.SIGKILL)
-                yield message
-
-        yield replace(crew, work=work)
+        yield killing(work_on_ray(ExtractStages(config, names)), killed)
 
     assert codes(config, engage) == CODES
     assert killed

@@ -1,17 +1,14 @@
 """Preparation on Ray: the arrays of the local run, though an encoder is killed on the way."""
 
-import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
+from killing import killing
 from written_slides import box, tissue, write_tiff
 
 from actors.slide_pipeline import work_on_ray
@@ -19,7 +16,7 @@ from engine.config import RayConfig
 from engine.model.demo_encoder import RAW_DIM, DemoEncoder
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.preparation import Engage, prepare
-from engine.preparation_blocks import BlockLatents, PrepareStages
+from engine.preparation_blocks import PrepareStages
 from engine.preparation_config import PrepareBlocks, PrepareConfig
 from engine.prepared import PreparedSet
 from engine.progress import Progress
@@ -64,17 +61,7 @@ def test_the_arrays_of_the_local_run_though_an_encoder_is_killed(local: PrepareC
 
     @contextmanager
     def engage(stages: PrepareStages) -> Iterator[Crew]:
-        crew = work_on_ray(stages)
-
-        def work(tasks: Sequence[Any]) -> Iterator[Any]:
-            for message in crew.work(tasks):
-                if isinstance(message, BlockLatents) and not killed:
-                    below = psutil.Process().children(recursive=True)
-                    killed.append(next(p.pid for p in below if "_Encoder" in p.name() or "MapWorker" in p.name()))
-                    os.kill(killed[0], signal.SIGKILL)
-                yield message
-
-        yield replace(crew, work=work)
+        yield killing(work_on_ray(stages), killed)
 
     config = replace(local, out=str(tmp_path / "ray"))
     assert codes(config, engage) == CODES
