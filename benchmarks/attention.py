@@ -1,11 +1,12 @@
 """Do models find the instances that a bag's label comes from? Two problems whose answer is known instance by instance.
 
-    python -m benchmarks.attention [--bags 300] [--phantoms 80] [--json FILE]
+    python -m benchmarks.attention [--bags 300] [--phantoms 200] [--json FILE]
 
 Digits: bags of 20 to 40 of scikit-learn's 8x8 pictures of digits, positive if one to three of them are nines. Training
 and test bags share no picture.
-Phantoms: the 36 tiles (20x) of a field of tissue, described by the embedded model. In positive fields the nuclei of 9
-tiles side by side are pleomorphic (knob 0.65 to 1), those of the others are not (0 to 0.25), as in all negative fields.
+Phantoms: the 36 tiles (20x) of a field of tissue, described by the embedded model's SSL encoder, or with --blocks by
+its U-Net, and whitened. In positive fields the nuclei of 9 tiles side by side are pleomorphic (knob 0.65 to 1), those
+of the others are not (0 to 0.25), as in all negative fields.
 
 Figures on test bags: area under the ROC curve of the bags; and the mean, over positive bags, of the area of attention
 against the instances that carry the label (bar: 0.8 for abmil). Mean pooling has no attention.
@@ -22,13 +23,15 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
-from engine.features import DiffusionEncoder, FeatureConfig, TilePixels
+from engine.features import DiffusionEncoder, FeatureConfig, SSLTileEncoder, TileEncoder, TilePixels
 from engine.magnification import TILE_PX
+from engine.model.demo_encoder import DemoEncoder
 from engine.model.zoomldm import ZoomLDM
 from engine.run import pin_arithmetic
 from engine.slides.phantom import Phantom
 from mil.baseline import MeanPoolClassifier
 from mil.classifier import MILClassifier
+from mil.training import Scaling
 
 MODELS = ("abmil", "clam_sb", "dsmil", "transmil")
 KEY_DIGIT, TEST_SHARE = 9, 0.4
@@ -36,6 +39,8 @@ SIDE, FOCUS = 6, 3
 """Tiles along a field, and along the square of it that carries the label."""
 LOW, HIGH = (0.0, 0.25), (0.65, 1.0)
 TARGET = 0.8
+BASE_MPP = 0.5
+"""µm/px of the phantoms at 20x."""
 TRAINING = {"hidden": 64, "attention": 32, "lr": 1e-3, "epochs": 40, "device": "cpu"}
 
 
@@ -97,22 +102,31 @@ def phantom_tiles(number: int, base_mpp: float) -> tuple[TilePixels, NDArray[np.
     return TilePixels(f"phantom-{number}", "20x", coords, pixels), inside & bool(number % 2)
 
 
-def phantom_problem(count: int, model: ZoomLDM, features: FeatureConfig) -> tuple[Bags, Bags]:
+def tile_encoder(blocks: str | None, timestep: int) -> TileEncoder:
+    """Return the embedded model's SSL encoder, or its U-Net's blocks (joined by commas)."""
+    model = ZoomLDM.from_pretrained("demo")
+    if blocks is not None:
+        return DiffusionEncoder(model, FeatureConfig(blocks=tuple(blocks.split(",")), timestep=timestep))
+    return SSLTileEncoder(DemoEncoder.from_tensors(model.extras["encoder/model"]))
+
+
+def phantom_problem(count: int, encoder: TileEncoder) -> tuple[Bags, Bags]:
     """Return training and test bags of phantom fields."""
-    encoder = DiffusionEncoder(model, features)
-    drawn = [phantom_tiles(number, model.config.base_mpp) for number in range(count)]
+    drawn = [phantom_tiles(number, BASE_MPP) for number in range(count)]
     bags = Bags([encoder.encode(tiles) for tiles, _ in drawn], np.arange(count) % 2, [keys for _, keys in drawn])
     tested = round(count * TEST_SHARE)
     rows = np.arange(count)
     return bags.part(rows[tested:]), bags.part(rows[:tested])
 
 
-def measure(train: Bags, test: Bags, models: Sequence[str] = MODELS) -> dict[str, dict[str, float]]:
+def measure(
+    train: Bags, test: Bags, scaling: Scaling = "standardize", models: Sequence[str] = MODELS
+) -> dict[str, dict[str, float]]:
     """Return the areas of bags and of attention, by model; the first row is mean pooling."""
     plain = MeanPoolClassifier().fit(train.arrays, train.labels)
     found = {"mean pool": {"bags": float(roc_auc_score(test.labels, plain.decision_function(test.arrays)))}}
     for name in models:
-        model = MILClassifier(name, **TRAINING).fit(train.arrays, train.labels)
+        model = MILClassifier(name, scaling=scaling, **TRAINING).fit(train.arrays, train.labels)
         maps = model.attention_maps(test.arrays)
         areas = [roc_auc_score(k, a) for k, a, y in zip(test.keys, maps, test.labels, strict=True) if y]
         found[name] = {
@@ -137,17 +151,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, and say by the exit code whether the bar is met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bags", type=int, default=300, help="training bags of digits")
-    parser.add_argument("--phantoms", type=int, default=80, help="fields of tissue, training and test")
-    parser.add_argument("--blocks", default=",".join(FeatureConfig().blocks), help="U-Net blocks of the phantoms")
+    parser.add_argument("--phantoms", type=int, default=200, help="fields of tissue, training and test")
+    parser.add_argument("--blocks", help="take these U-Net blocks in place of the SSL vectors")
     parser.add_argument("--timestep", type=int, default=FeatureConfig().timestep)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args(argv)
     pin_arithmetic(2)
-    features = FeatureConfig(blocks=tuple(arguments.blocks.split(",")), timestep=arguments.timestep)
-    model = ZoomLDM.from_pretrained("demo")
+    encoder = tile_encoder(arguments.blocks, arguments.timestep)
     found = {
         "digits": measure(*digits_problem(arguments.bags)),
-        "phantoms": measure(*phantom_problem(arguments.phantoms, model, features)),
+        "phantoms": measure(*phantom_problem(arguments.phantoms, encoder), scaling="whiten"),
     }
     print(table(found))
     if arguments.json is not None:

@@ -24,6 +24,7 @@ from mil.training import (
     EpochRecord,
     Part,
     Precision,
+    Scaling,
     TrainingConfig,
     attention_of,
     fit_scale,
@@ -63,7 +64,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         weight_decay: float = 1e-4,
         clip: float = 5.0,
         class_weight: Literal["balanced", "none"] = "balanced",
-        scaling: Literal["standardize", "whiten", "none"] = "standardize",
+        scaling: Scaling = "standardize",
         precision: Precision = "float32",
         deterministic: bool = True,
         validation: float = 0.2,
@@ -75,7 +76,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         self.epochs, self.patience, self.batch_size, self.instances = epochs, patience, batch_size, instances
         self.lr, self.weight_decay, self.clip, self.class_weight = lr, weight_decay, clip, class_weight
         self.deterministic = deterministic
-        self.scaling: Literal["standardize", "whiten", "none"] = scaling
+        self.scaling: Scaling = scaling
         self.precision: Precision = precision
         self.validation, self.device, self.seed = validation, device, seed
 

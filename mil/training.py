@@ -23,6 +23,7 @@ from mil.metrics import auroc
 from mil.models.contract import BagModel
 
 Precision = Literal["float32", "bfloat16", "float16"]
+Scaling = Literal["standardize", "whiten", "none"]
 SCALE_INSTANCES = 512
 """Instances per bag that the mean and deviation of features are taken from."""
 
@@ -47,7 +48,7 @@ class TrainingConfig:
     """Largest gradient norm."""
     class_weight: Literal["balanced", "none"] = "balanced"
     """balanced weighs the two classes alike."""
-    scaling: Literal["standardize", "whiten", "none"] = "standardize"
+    scaling: Scaling = "standardize"
     """standardize: by the mean and deviation of the training bags. whiten: decorrelate the features of each scale as
     well, so that faint directions count as much as strong ones; costs a D x D product per tile."""
     precision: Precision = "float32"
