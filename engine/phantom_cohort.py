@@ -2,9 +2,9 @@
 
     python -m engine.phantom_cohort --out DIR --patients 60
 
-A patient is positive if its nuclei are pleomorphic (seen at 20x) AND its open and solid ducts lie in groups (seen at
-5x: a 20x tile holds about one duct). Each is so in the square root of the share of positives, independent of the
-other, so that one of them alone cannot tell.
+A patient is positive if its nuclei are pleomorphic (best seen at 20x) AND its architecture is ragged (best seen at 5x).
+Each is so in the square root of the share of positives, independent of the other, so one of them alone cannot tell.
+Neither scale is blind to the other sign, though: open lumina are seen at 20x, large nuclei darken 5x (docs/mil.md).
 Slides that are there are not made again. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
@@ -80,15 +80,12 @@ class PhantomSlide:
     @property
     def score(self) -> int:
         """0 to 100: the weaker of the two signs."""
-        return round(100 * min(self._knobs().values()))
+        return round(100 * min(self.phantom.pleomorphism, self.phantom.architecture))
 
     def row(self) -> dict[str, object]:
         """Return the row of labels.csv."""
-        knobs = {name: round(value, 3) for name, value in self._knobs().items()}
+        knobs = {name: round(getattr(self.phantom, name), 3) for name in ("pleomorphism", "architecture")}
         return {"patient": self.patient, "slide": self.slide, "hrd_score": self.score, "site": self.site, **knobs}
-
-    def _knobs(self) -> dict[str, float]:
-        return {"pleomorphism": self.phantom.pleomorphism, "grouping": self.phantom.grouping or 0.0}
 
 
 def draw_cohort(config: PhantomCohortConfig) -> list[PhantomSlide]:
@@ -96,10 +93,10 @@ def draw_cohort(config: PhantomCohortConfig) -> list[PhantomSlide]:
     rng = np.random.default_rng(config.seed)
     signs = rng.permutation(np.array(list(_signs(config))))
     slides = []
-    for number, (pleomorphic, grouped) in enumerate(signs):
+    for number, (pleomorphic, ragged) in enumerate(signs):
         knobs = {
             "pleomorphism": rng.uniform(*(HIGH if pleomorphic else LOW)),
-            "grouping": rng.uniform(*(HIGH if grouped else LOW)),
+            "architecture": rng.uniform(*(HIGH if ragged else LOW)),
         }
         patient, site = f"P{number + 1:03d}", f"site {chr(ord('A') + number % config.sites)}"
         for part in range(2 if number % SECOND_SLIDE == 0 else 1):
@@ -109,7 +106,7 @@ def draw_cohort(config: PhantomCohortConfig) -> list[PhantomSlide]:
 
 
 def _signs(config: PhantomCohortConfig) -> Iterator[tuple[bool, bool]]:
-    """Yield (pleomorphic, grouped) of each patient: both in the share asked for, each one alone equally often."""
+    """Yield (pleomorphic, ragged) of each patient: both in the share asked for, each one alone equally often."""
     both = round(config.patients * config.positive)
     one = round(config.patients * (math.sqrt(config.positive) - config.positive))
     for number in range(config.patients):

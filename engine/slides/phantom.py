@@ -29,20 +29,16 @@ class Phantom:
 
     pleomorphism: variation of nuclear size, shape and chromatin; seen at 20x, hardly in the local mean colour.
     architecture: 0 orderly open ducts … 1 ragged solid nests; seen at 5x and below, same nuclei.
-    grouping: half of the ducts are open, the others solid; 0 they alternate … 1 each kind lies in bands of its own,
-    wider than a 5x tile. A 20x tile holds about one duct and does not show it. None: all ducts are as open as
-    architecture says.
     """
 
     seed: int
     pleomorphism: float = 0.3
     architecture: float = 0.5
-    grouping: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pleomorphism", "architecture", "grouping"):
+        for name in ("pleomorphism", "architecture"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+            if not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1]; got {value}. Use 0.5 for a middling slide.")
 
     def render(self, y_um: float, x_um: float, height_px: int, width_px: int, mpp: float) -> np.ndarray:
@@ -112,9 +108,8 @@ def _fields_around(phantom: Phantom, window_px: tuple[int, int, int, int], mpp: 
     first = [int(np.floor((start * mpp - REACH_UM) / FIELD_UM)) - 2 for start in (top, left)]
     last = [int(np.ceil((end * mpp + REACH_UM) / FIELD_UM)) + 3 for end in (top + height, left + width)]
     return build_fields(
-        phantom.seed, (phantom.architecture, phantom.grouping), (first[0], first[1]),
-        (last[0] - first[0], last[1] - first[1]),
-    )  # fmt: skip
+        phantom.seed, phantom.architecture, (first[0], first[1]), (last[0] - first[0], last[1] - first[1])
+    )
 
 
 def _mean_stain(fields: TissueFields) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,12 +15,6 @@ MACRO_STEP = 8
 """Field steps per step of the macro grid, whose shortest wavelength is 300 µm."""
 DUCT_CELL_UM = 230.0
 FAT_CELL_UM = 72.0
-OPEN_SHARE = 0.62
-"""Radius of the lumen over that of its duct, where open and solid ducts are told apart (`grouping`)."""
-BAND_DUCTS = 4
-"""Rows of the lattice in a band of one kind: 920 µm, more than a 5x tile's 512."""
-Growth = tuple[float, float | None]
-"""Architecture and grouping of a phantom."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +44,14 @@ def share(distance: np.ndarray, width: float) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-def build_fields(seed: int, growth: Growth, first: tuple[int, int], shape: tuple[int, int]) -> TissueFields:
+def build_fields(seed: int, architecture: float, first: tuple[int, int], shape: tuple[int, int]) -> TissueFields:
     """Compute the fields of `shape` grid points from grid index `first` on."""
     rows = np.arange(first[0], first[0] + shape[0])
     cols = np.arange(first[1], first[1] + shape[1])
     macro = _macro_on(seed, rows, cols)
     y = (rows * FIELD_UM)[:, None]
     x = (cols * FIELD_UM)[None, :]
-    ducts_um, lumen_um = _ducts(seed, growth, y, x)
+    ducts_um, lumen_um = _ducts(seed, architecture, y, x)
     fat_share = share(macro["fat"] - 0.26, 0.05) * (1 - share(ducts_um + 15, 20.0))
     vacuole_um = _vacuoles(seed, y, x)
     epithelium = share(ducts_um, 5.0) * share(-lumen_um, 5.0)
@@ -102,13 +96,13 @@ def _blobs(seed: int, stream: str, y: np.ndarray, x: np.ndarray, wavelength: flo
     return coarse * 0.75 + value_noise(derive_key(seed, stream + "/2"), y, x, wavelength / 2.7) * 0.35
 
 
-def _ducts(seed: int, growth: Growth, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ducts(seed: int, architecture: float, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return signed distances (µm, positive inside) to epithelial structures and to their lumina.
 
     architecture 0: round ducts with open lumina on an orderly lattice; 1: solid, ragged, merging nests. The
     wall's area per duct is constant (outer² − lumen² = r²): the number of nuclei must not tell one from the other.
     """
-    bend = 8.0 + 50.0 * growth[0]
+    bend = 8.0 + 50.0 * architecture
     # The long wave bends the lattice itself, so that not even orderly ducts stand in ranks.
     v = y + value_noise(derive_key(seed, "bend/y"), y, x, 90.0) * bend
     u = x + value_noise(derive_key(seed, "bend/x"), y, x, 90.0) * bend
@@ -117,7 +111,7 @@ def _ducts(seed: int, growth: Growth, y: np.ndarray, x: np.ndarray) -> tuple[np.
     base_y, base_x = np.floor(v / DUCT_CELL_UM).astype(np.int64), np.floor(u / DUCT_CELL_UM).astype(np.int64)
     rows = np.arange(base_y.min() - 1, base_y.max() + 2)
     cols = np.arange(base_x.min() - 1, base_x.max() + 2)
-    centre_y, centre_x, outer, lumen, turn, squeeze = _duct_table(seed, growth, rows, cols)
+    centre_y, centre_x, outer, lumen, turn, squeeze = _duct_table(seed, architecture, rows, cols)
     width = len(cols)
     ducts = np.full(v.shape, -400.0, np.float32)
     lumina = ducts.copy()
@@ -133,9 +127,8 @@ def _ducts(seed: int, growth: Growth, y: np.ndarray, x: np.ndarray) -> tuple[np.
     return ducts, lumina
 
 
-def _duct_table(seed: int, growth: Growth, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, ...]:
+def _duct_table(seed: int, architecture: float, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return the ducts of a range of lattice cells, raveled: centre y, x; outer, lumen radius; angle; squeeze."""
-    architecture, grouping = growth
     iy, ix = np.broadcast_arrays(rows[:, None], cols[None, :])
     jitter = 0.3 + 0.4 * architecture
     shift = (iy % 2) * 0.5 - 0.25
@@ -144,8 +137,6 @@ def _duct_table(seed: int, growth: Growth, rows: np.ndarray, cols: np.ndarray) -
     spread = 0.10 + 0.16 * architecture
     radius = 78.0 * (1 + spread * bell(derive_key(seed, "duct/r"), iy, ix)) / np.sqrt(1 + spread**2)
     open_share = (1 - architecture) * (0.45 + 0.25 * uniform(derive_key(seed, "duct/open"), iy, ix))
-    if grouping is not None:
-        open_share = OPEN_SHARE * _is_open(seed, grouping, iy, ix)
     outer = radius / np.sqrt(1 - open_share**2)
     lumen = np.where(open_share * outer > 9, open_share * outer, -400.0)
     tumour = _blobs(seed, "tumour", centre_y, centre_x, 1500.0)
@@ -154,13 +145,6 @@ def _duct_table(seed: int, growth: Growth, rows: np.ndarray, cols: np.ndarray) -
     turn = uniform(derive_key(seed, "duct/turn"), iy, ix) * np.pi
     squeeze = np.exp((0.10 + 0.10 * architecture) * bell(derive_key(seed, "duct/squeeze"), iy, ix))
     return tuple(a.ravel().astype(np.float64) for a in (centre_y, centre_x, outer, lumen, turn, squeeze))
-
-
-def _is_open(seed: int, grouping: float, iy: np.ndarray, ix: np.ndarray) -> np.ndarray:
-    """Say which ducts of a lattice have a lumen: half of them, next to solid ones or in bands of their own."""
-    row = iy + derive_key(seed, "duct/band") % (2 * BAND_DUCTS)
-    grouped = uniform(derive_key(seed, "duct/grouped"), iy, ix) < grouping
-    return np.where(grouped, row // BAND_DUCTS % 2, (row + ix) % 2) == 0
 
 
 def _vacuoles(seed: int, y: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -8,7 +8,6 @@ import tifffile
 
 from engine.slides.phantom import Phantom
 from engine.slides.phantom_slide import write_phantom_slide
-from engine.slides.phantom_tissue import FIELD_UM, build_fields
 
 DUCTS_UM = (2400.0, 500.0)
 """A corner in seed 5 with ducts, stroma and a little fat around it."""
@@ -77,27 +76,7 @@ def test_architecture_shows_at_5x_and_leaves_the_nuclei_alone() -> None:
     assert shares[0] == pytest.approx(shares[1], rel=0.25)
 
 
-def open_shares(grouping: float, window_um: float) -> np.ndarray:
-    """Return the share of lumina among the ducts' area in windows side by side, where there are ducts."""
-    side, window = 1600, round(window_um / FIELD_UM)
-    fields = build_fields(3, (0.5, grouping), (200, 200), (side, side))
-    lumen = (fields.white_um > 0) & (fields.fat < 0.01)
-    ducts = lumen | (fields.epithelium > 0.5) | (fields.necrosis > 0.5)
-    cut = side // window * window
-    sums = [m[:cut, :cut].reshape(cut // window, window, -1, window).sum((1, 3)) for m in (lumen, ducts)]
-    some = sums[1] > 0.3 * window**2
-    return sums[0][some] / sums[1][some]
-
-
-def test_grouping_shows_in_a_5x_tile_and_not_in_a_20x_tile() -> None:
-    apart, grouped = open_shares(0.0, 512), open_shares(1.0, 512)
-    assert grouped.mean() == pytest.approx(apart.mean(), abs=0.04)
-    assert grouped.std() > 2 * apart.std()
-    apart, grouped = open_shares(0.0, 128), open_shares(1.0, 128)
-    assert grouped.std() < 1.15 * apart.std()
-
-
-@pytest.mark.parametrize("change", [{"pleomorphism": 1.2}, {"architecture": -0.1}, {"grouping": 2.0}])
+@pytest.mark.parametrize("change", [{"pleomorphism": 1.2}, {"architecture": -0.1}])
 def test_refuses_knobs_outside_their_range(change: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="must lie in"):
         Phantom(0, **change)

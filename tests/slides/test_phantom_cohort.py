@@ -15,7 +15,7 @@ from mil.tasks import load_task
 
 def test_both_signs_make_a_patient_positive_and_one_alone_tells_little() -> None:
     slides = {s.patient: s for s in draw_cohort(PhantomCohortConfig("", patients=200))}
-    signs = [(s.phantom.pleomorphism > 0.42, s.phantom.grouping > 0.42) for s in slides.values()]
+    signs = [(s.phantom.pleomorphism > 0.42, s.phantom.architecture > 0.42) for s in slides.values()]
     truth = [s.score >= 42 for s in slides.values()]
     assert truth == [fine and coarse for fine, coarse in signs]
     counts = Counter(signs)
@@ -30,7 +30,7 @@ def test_slides_of_a_patient_are_of_one_kind_and_not_the_same_tissue() -> None:
     assert [s.slide for s in slides[:3]] == ["P001-1", "P001-2", "P002-1"]
     assert len(slides) == 14
     first, second = slides[0].phantom, slides[1].phantom
-    assert (first.pleomorphism, first.grouping) == (second.pleomorphism, second.grouping)
+    assert (first.pleomorphism, first.architecture) == (second.pleomorphism, second.architecture)
     assert len({s.phantom.seed for s in slides}) == 14
     assert {s.site for s in slides} == {"site A", "site B", "site C", "site D"}
     assert draw_cohort(PhantomCohortConfig("", patients=11)) == slides
