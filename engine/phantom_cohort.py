@@ -27,8 +27,10 @@ from engine.slides.phantom_slide import write_phantom_slide
 from engine.state import disk_error, replacing, write_atomically
 
 PROG = "python -m engine.phantom_cohort"
-LOW, HIGH = (0.0, 0.15), (0.85, 1.0)
-"""Ranges of a knob. A score of 42 (configs/tasks/hrd.yaml) lies between them."""
+CALM, WILD = (0.0, 0.15), (0.85, 1.0)
+ORDERLY, RAGGED = (0.33, 0.38), (0.62, 0.67)
+"""Ranges of pleomorphism and of architecture; a score of 42 (configs/tasks/hrd.yaml) lies between them. Extremes of
+architecture would be seen at 20x as well: there every duct has a lumen or none."""
 SECOND_SLIDE = 5
 """Every fifth patient has two slides."""
 
@@ -45,9 +47,9 @@ class PhantomCohortConfig:
     """Share of positive patients, 0..1."""
     sites: int = 4
     """Hospitals the patients are spread over; they do not differ."""
-    width: int = 3072
+    width: int = 4096
     """px."""
-    height: int = 2048
+    height: int = 4096
     """px."""
     mpp: float = 0.5
     """µm/px."""
@@ -95,8 +97,8 @@ def draw_cohort(config: PhantomCohortConfig) -> list[PhantomSlide]:
     slides = []
     for number, (pleomorphic, ragged) in enumerate(signs):
         knobs = {
-            "pleomorphism": rng.uniform(*(HIGH if pleomorphic else LOW)),
-            "architecture": rng.uniform(*(HIGH if ragged else LOW)),
+            "pleomorphism": rng.uniform(*(WILD if pleomorphic else CALM)),
+            "architecture": rng.uniform(*(RAGGED if ragged else ORDERLY)),
         }
         patient, site = f"P{number + 1:03d}", f"site {chr(ord('A') + number % config.sites)}"
         for part in range(2 if number % SECOND_SLIDE == 0 else 1):
