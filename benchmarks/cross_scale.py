@@ -3,13 +3,15 @@
     python -m benchmarks.cross_scale --folder runs/cross_scale [--steps 500] [--seeds 0 1]
 
 A few training phantoms are large enough for a 1.25x patch, one each; most are small pieces, as biopsies are beside
-resections. There are 100 times as many 20x patches, and numbers between in geometric steps. The same small network
-learns from random weights: from all of them (even shares), and from the 1.25x patches alone, until it has seen as many
-of them, and on until it has done as many steps. Then each samples 1.25x patches for the conditions of held-out
-phantoms. Fréchet distance of the demo encoder's features, one per patch, to the held-out patches themselves; lower is
-better. It is biased upwards by the number of patches, for all rows alike but "training patches", which are fewer.
+resections. There are 100 times as many 20x patches, and numbers between in geometric steps. The same network learns,
+from random weights or those of --start: from all of them (even shares), and from the 1.25x patches alone, until it has
+seen as many of them, and on until it has done as many steps. Then each samples 1.25x patches for the conditions of
+held-out phantoms. Fréchet distance of the demo encoder's features, one per patch, to the held-out patches themselves;
+lower is better. It is biased upwards by the number of patches, for all rows alike but "training patches", which are
+fewer.
 
-What is done is kept in the folder, so the command continues. Exit code 1 unless the joint training has the lowest mean.
+What is done is kept in the folder, so the command continues, and more --seeds may be added. Exit code 1 unless the
+joint training has the lowest mean.
 """
 
 import argparse
@@ -34,7 +36,7 @@ from engine.training import joint
 from engine.training.checkpointing import save_json
 from engine.training.data import HELDOUT_SEED
 from engine.training.figures import sample_tiles
-from engine.training.joint_settings import JointConfig, OutputSettings
+from engine.training.joint_settings import InitialSettings, JointConfig, OutputSettings
 from engine.training.stages import DEMO_SCALE
 
 TRAINING_SEED = 1000
@@ -66,6 +68,8 @@ class Trial:
     steps: int
     stride: int
     weight: float
+    start: str | None
+    lr: float
 
     @property
     def level(self) -> int:
@@ -116,9 +120,22 @@ def config_for(trial: Trial, training: Training, seed: int, threads: int) -> Joi
     levels = len(config.model.magnifications)
     weights = [float(i == trial.level if training.alone else i <= trial.level) for i in range(levels)]
     # A constant rate, so that a run can be looked at on its way and go on.
-    train = replace(config.train, decay="constant", ema=0.99, magnification_weights=tuple(weights))
+    train = replace(config.train, lr=trial.lr, decay="constant", ema=0.99, magnification_weights=tuple(weights))
+    initial = config.initial if trial.start is None else InitialSettings(model=trial.start)
     output = OutputSettings(folder=str(run / f"model_{training.steps}"))
-    return replace(config, data=str(trial.folder / "train"), run=str(run), seed=seed, train=train, output=output)
+    config = replace(config, data=str(trial.folder / "train"), run=str(run), initial=initial)
+    return replace(config, seed=seed, train=train, output=output)
+
+
+def train_to(config: JointConfig) -> None:
+    """Train, or go on, to the step that the configuration names. Raises: ValueError for a run that is beyond it."""
+    joint.train(config)
+    done = json.loads((Path(config.run) / "training.json").read_text())["steps"]
+    if done != config.train.steps:
+        raise ValueError(
+            f"{config.run} must not be beyond step {config.train.steps}; it is at {done}, of another --steps. Use "
+            "another --folder; its train and heldout may be copied."
+        )
 
 
 @torch.no_grad()
@@ -173,7 +190,7 @@ def compare(trial: Trial, seeds: Sequence[int], threads: int) -> Figures:
             row = figures.setdefault(f"{training.name}: {training.steps} steps", {})
             if seed not in row:
                 config = config_for(trial, training, int(seed), threads)
-                joint.train(config)
+                train_to(config)
                 row[seed] = judge(trial, networks, Path(config.output.folder), heldout)
                 save_json(file, figures)
                 print(f"{training.name}, {training.steps} steps, seed {seed}: {row[seed]}", flush=True)
@@ -208,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the trainings")
     parser.add_argument("--stride", type=int, default=100, help="timesteps between two steps of sampling")
     parser.add_argument("--weight", type=float, default=0.0, help="of classifier-free guidance")
+    parser.add_argument("--start", help="model that both trainings start from; else random weights of a small network")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
     pin_arithmetic(options.threads)

@@ -182,5 +182,7 @@ def test_cross_scale_sees_what_it_says_and_goes_on(tmp_path: Path, capsys: pytes
     assert cross_scale.main([*flags, "0"]) in (0, 1)
     assert (tmp_path / "joint/0/denoiser.pt").stat().st_mtime_ns == made, "what was done is not done again"
     assert json.loads((tmp_path / "figures.json").read_text()) == first
+    with pytest.raises(ValueError, match="must not be beyond step 2; it is at 3"):
+        cross_scale.main([*flags, "0", "--steps", "6"])
     table = capsys.readouterr().out
     assert [line.count("|") for line in table.splitlines()] == 7 * [5], "two bounds and three trainings under a head"
