@@ -16,7 +16,6 @@ import numpy as np
 import PIL.Image
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import sqrtm
 
 from engine.decode import to_uint8
 from engine.model.cdm import CDM
@@ -41,12 +40,13 @@ def components(train: Rows, count: int = COMPONENTS) -> tuple[Rows, Rows, float]
     return mean, (axes / axes.norm(dim=0)).numpy(), float(values[-count:].sum() / values.sum())
 
 
-def frechet(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+def frechet(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     """Return the Fréchet distance of two sets of vectors (N, K)."""
-    covariances = [np.cov(v, rowvar=False) for v in (a, b)]
-    root = np.real(sqrtm(covariances[0] @ covariances[1]))
     gap = a.mean(0) - b.mean(0)
-    return float(gap @ gap + np.trace(covariances[0] + covariances[1] - 2 * root))
+    scaled = [(v - v.mean(0)).astype(np.float64) / (len(v) - 1) ** 0.5 for v in (a, b)]
+    # With AᵀA and BᵀB the covariances, tr (AᵀA·BᵀB)^½ is the sum of the singular values of A·Bᵀ, whatever their rank.
+    root = np.linalg.svd(scaled[0] @ scaled[1].T, compute_uv=False).sum()
+    return float(gap @ gap + sum((v**2).sum() for v in scaled) - 2 * root)
 
 
 def told_apart(a: Rows, b: Rows) -> float:

@@ -23,13 +23,13 @@ from engine.replay import (
     Expected,
     loosened,
     replay_decode_large,
-    replay_encoder,
     replay_inversion,
     replay_joint,
     replay_panorama,
     replay_parts,
     replay_refine,
 )
+from engine.replay_networks import replay_cdm, replay_encoder
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HALF_FACTOR = {"bfloat16": 5e3, "float16": 1e3}
@@ -37,12 +37,14 @@ _HALF_FACTOR = {"bfloat16": 5e3, "float16": 1e3}
 _INPUT = ("summarizer.in.", "unet.x", "unet.t", "unet.context", "vae.image", "refine.noise.", "refine.x0_in",
           "refine.ssl_grid", "decode_large.latent", "panorama.noise.", "panorama.init.", "panorama.embeddings",
           "x_T", "guide_x_T", "ssl_grid", "encoder.image", "inversion.feat", "inversion.latent",
-          "inversion.eps")  # fmt: skip
+          "inversion.eps", "cdm.x", "cdm.t", "cdm.y")  # fmt: skip
+_BESIDE = {"encoder.image": replay_encoder, "cdm.x": replay_cdm}
+"""Networks that are no ZoomLDM, by the input that their references have."""
 
 
 def is_input(name: str) -> bool:
     """Say whether a reference is given to the replay rather than compared with it."""
-    return name.startswith(_INPUT) or name.endswith((".noise", ".guide_noise"))
+    return name.startswith(_INPUT) or name.endswith((".noise", ".guide_noise", ".z"))
 
 
 def read_expected(folder: Path) -> Expected:
@@ -65,11 +67,12 @@ def read_expected(folder: Path) -> Expected:
 def replay(folder: Path, dtype: str, device: str, expected: Expected) -> Iterator[Check]:
     """Yield a Check per reference that this version covers."""
     half = _HALF_FACTOR.get(dtype)
-    if "encoder.image" in expected:
-        with torch.inference_mode():
-            checks = replay_encoder(folder, expected, device, _DTYPES[dtype])
-            yield from checks if half is None else loosened(checks, half)
-        return
+    for given, replay_network in _BESIDE.items():
+        if given in expected:
+            with torch.inference_mode():
+                checks = replay_network(folder, expected, device, _DTYPES[dtype])
+                yield from checks if half is None else loosened(checks, half)
+            return
     if not (folder / "weights.ckpt").exists() and not (folder / "config.json").exists():
         return
     model, raw = ZoomLDM.from_pretrained(str(folder), device=device, dtype=_DTYPES[dtype]), None

@@ -4,7 +4,6 @@ The replays call the same functions as a run. They know the protocol that made t
 weights), which the files do not carry. Source: activations of the published implementations with small random weights.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,11 +20,9 @@ from engine.canvas import BAND, Canvas
 from engine.conditioning import tile_cells
 from engine.config import GuidanceConfig
 from engine.decode import decode_rows, to_uint8
-from engine.errors import CheckpointError
 from engine.guidance import GuidePicture
 from engine.inversion import inversion_loss
 from engine.magnification import TILE_LATENT_PX, TILE_PX
-from engine.model.vit_encoder import UNI, load_vit
 from engine.model.zoomldm import ZoomLDM
 from engine.predict import LocalDenoiser, newton_direction
 from engine.resize import resize_by
@@ -109,25 +106,6 @@ def replay_parts(model: ZoomLDM, raw: ZoomLDM | None, e: Expected) -> Iterator[C
         yield from check(
             name, lambda size=size, sigma=sigma: torch.from_numpy(gaussian_weight(int(size), float(sigma)))
         )
-
-
-def replay_encoder(folder: Path, e: Expected, device: str, dtype: torch.dtype) -> Iterator[Check]:
-    """Replay an SSL encoder in UNI's form, whose sizes lie beside it. Raises CheckpointError if they do not fit."""
-    name = "encoder.cls"
-    if name not in e:
-        return
-    try:
-        sizes = json.loads((folder / "config.json").read_bytes())
-        width, depth, heads = (int(sizes[key]) for key in ("embed_dim", "depth", "num_heads"))
-        spec = replace(UNI, width=width, depth=depth, heads=heads, patch_px=int(sizes["patch_size"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder}/config.json must say the encoder's embed_dim, depth, num_heads and patch_size; got {error!r}. "
-            "Fetch the folder again."
-        ) from error
-    network = load_vit(spec, folder, device, dtype).network
-    tokens = network(pixel_values=e["encoder.image"].to(device, dtype)).last_hidden_state
-    yield Check(name, relative(tokens[:, 0], e[name]), PARTS_TOLERANCE)
 
 
 def _decode_unquantised(model: ZoomLDM, latents: Tensor) -> Tensor:

@@ -28,10 +28,10 @@ FLOORS = (
     "predict pointwise guidance decode window features summaries inversion enlarged",
     "level_step",
     "sampler",
-    "estimate conditions pilot progress outputs run snapshot past redo replay training patches "
+    "estimate conditions pilot progress outputs run snapshot past redo replay replay_networks training patches "
     "outcome "
     "extraction extraction_config extraction_blocks extraction_encoders "
-    "extraction_outputs extraction_report extraction_local slide_crew slide_run slide_report "
+    "extraction_outputs extraction_report extraction_local slide_crew slide_run slide_outputs slide_report "
     "preparation preparation_config preparation_plan preparation_blocks preparation_encoders preparation_outputs "
     "preparation_report published_files",
     "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort superres",

@@ -4,11 +4,13 @@ import ast
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from benchmarks import gpu, memory, overhead, reliability
+from benchmarks import cross_scale, gpu, memory, overhead, reliability
 from benchmarks.bare import BareRun, demo_config, maps_for, picture_digest
+from benchmarks.summaries import frechet
 from engine.magnification import BRCA_SCALE
 from engine.model.config import published_config
 from engine.model.networks import build_networks
@@ -147,3 +149,40 @@ def test_reliability_page_counts_what_was_tried_and_lost(tmp_path: Path) -> None
     assert "4 of its tests were left out" in page
     assert "| SIGKILL | 3 | 1 | resumed |" in page
     assert page.count("Not tried in this run.") == 4
+
+
+def test_frechet_is_the_closed_form_of_gaussians_and_takes_fewer_vectors_than_axes() -> None:
+    rng = np.random.default_rng(0)
+    a, axes = rng.standard_normal((200, 3)), np.array([1.0, 2.0, 0.5])
+    a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a, rowvar=False))).T  # mean 0, covariance 1, exactly
+    assert frechet(a, a * axes + [3, 0, 4]) == pytest.approx(25 + ((1 - axes) ** 2).sum())
+    few = rng.standard_normal((5, 40))
+    assert frechet(few, few) == pytest.approx(0, abs=1e-9)
+    assert frechet(few, few + 1) == pytest.approx(40)
+
+
+def test_pieces_share_patches_as_they_have_room() -> None:
+    assert cross_scale.shares(18, [1, 1, 16, 16]) == [1, 1, 8, 8]
+    assert cross_scale.shares(2, [0, 1, 1]) == [0, 1, 1]
+    with pytest.raises(ValueError, match="3 patches must fit 2 pieces with room for 2"):
+        cross_scale.shares(3, [1, 1])
+
+
+def test_cross_scale_sees_what_it_says_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--folder", str(tmp_path), "--at", "5x", "--pieces", "2", "--small", "1", "--heldout", "2"]
+    flags += ["--ratio", "9", "--steps", "3", "--stride", "500", "--threads", "1", "--seeds"]
+    assert cross_scale.main([*flags, "0"]) in (0, 1)
+    first = json.loads((tmp_path / "figures.json").read_text())
+    assert [name.rpartition(" ")[0].rpartition(": ")[2] for name in first] == ["1", "3", "3"]
+    trained = json.loads((tmp_path / "alone/0/training.json").read_text())
+    assert trained["patches"] == {"20x": 18, "10x": 6, "5x": 2, "2.5x": 0, "1.25x": 0}
+    assert trained["config"]["train"]["magnification_weights"] == [0, 0, 1, 0, 0]
+    made = (tmp_path / "joint/0/denoiser.pt").stat().st_mtime_ns
+    capsys.readouterr()
+    assert cross_scale.main([*flags, "0"]) in (0, 1)
+    assert (tmp_path / "joint/0/denoiser.pt").stat().st_mtime_ns == made, "what was done is not done again"
+    assert json.loads((tmp_path / "figures.json").read_text()) == first
+    with pytest.raises(ValueError, match="must not be beyond step 2; it is at 3"):
+        cross_scale.main([*flags, "0", "--steps", "6"])
+    table = capsys.readouterr().out
+    assert [line.count("|") for line in table.splitlines()] == 7 * [5], "two bounds and three trainings under a head"

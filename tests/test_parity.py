@@ -18,7 +18,7 @@ def replay(folder: Path, capsys: pytest.CaptureFixture[str], *flags: str) -> tup
 
 
 @pytest.mark.timeout(1800)  # two float64 joint steps take minutes on one core
-@pytest.mark.parametrize("name", ["encoder", "panorama", "zoomldm"])
+@pytest.mark.parametrize("name", ["cdm", "encoder", "panorama", "zoomldm"])
 def test_the_published_implementations_are_met(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     if not (SHARED / name).is_dir():
         pytest.skip(f"the reference activations are not at {SHARED}; set ZOOMLDM_SHARED")

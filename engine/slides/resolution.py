@@ -3,9 +3,10 @@
 Invariant: a value is taken from a named source or the slide is refused; nothing is rounded to a magnification and
 nothing is guessed in silence. It opens no slide: backends hand in what the file claims.
 
-Order: overrides table > the vendor's own property > OME-XML or OME-NGFF > TIFF resolution > the value given for
-slides that state none (`mpp`) > objective power, marked as estimated > refusal. A claim outside 0.05 … 10 µm/px is
-passed over and named: 72 and 96 dpi, written by programs that know no scale, would be 353 and 265 µm/px.
+Order: overrides table > the vendor's own property > OME-XML or OME-NGFF > pixel scale of a projected GeoTIFF > TIFF
+resolution > the value given for slides that state none (`mpp`) > objective power, marked as estimated > refusal. A
+claim outside 0.05 … 10 µm/px (GeoTIFF: 1 mm … 10 km) is passed over and named: 72 and 96 dpi, written by programs
+that know no scale, would be 353 and 265 µm/px.
 """
 
 import csv
@@ -13,12 +14,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 from engine.errors import EngineError, SlideError
 
 FINEST_MPP, COARSEST_MPP = 0.05, 10.0
 """µm/px of any scanner, with room on both sides."""
+FINEST_GROUND, COARSEST_GROUND = 1e3, 1e10
+"""µm/px of any picture from above: 1 mm (drones) … 10 km (weather satellites)."""
 ESTIMATE_AT_1X = 10.0
 """µm/px at objective power 1: 40x is about 0.25, 20x about 0.5."""
 _MICRONS = {
@@ -34,6 +38,11 @@ _MICRONS = {
     "in": 25400.0, "inch": 25400.0,
 }  # fmt: skip
 """Length units of OME-XML and OME-NGFF in µm; no unit means µm (OME schema 2016-06)."""
+_GEO_MICRONS = {9001: 1e6, 9002: 0.3048e6, 9003: 1200 / 3937 * 1e6}
+"""ProjLinearUnitsGeoKey → µm: metre, foot, US survey foot (GeoTIFF 1.1, EPSG)."""
+_PROJECTED = 1
+_WEB_MERCATOR = 3857
+"""Its metres are those of the equator: at 60° they are half a metre on the ground."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,12 @@ class Claim:
     source: str
     mpp_x: float
     mpp_y: float
+    limits: tuple[float, float] = (FINEST_MPP, COARSEST_MPP)
 
     @property
     def credible(self) -> bool:
-        """Whether both axes lie where scanners are, and agree within a factor of two."""
-        in_range = all(FINEST_MPP <= mpp <= COARSEST_MPP for mpp in (self.mpp_x, self.mpp_y))
+        """Whether both axes lie where such files are, and agree within a factor of two."""
+        in_range = all(self.limits[0] <= mpp <= self.limits[1] for mpp in (self.mpp_x, self.mpp_y))
         return in_range and 0.5 <= self.mpp_x / self.mpp_y <= 2
 
 
@@ -98,11 +108,11 @@ def resolve(name: str, file_name: str, claims: Claims, overrides: Overrides, mpp
         if Claim("", value, value).credible:
             return Resolution(value, value, f"objective power {claims.objective:g} (estimated)", estimated=True)
     if claims.mpp:
-        found = "; ".join(f"{c.source} says {c.mpp_x:.4g} x {c.mpp_y:.4g}" for c in claims.mpp)
-        raise SlideError(
-            "absurd_mpp",
-            f"{name}: µm/px must lie in {FINEST_MPP} … {COARSEST_MPP:g} on both axes; {found}. {remedy}",
+        found = "; ".join(
+            f"{c.source} says {c.mpp_x:.4g} x {c.mpp_y:.4g} ({c.limits[0]:g} … {c.limits[1]:g} is believed)"
+            for c in claims.mpp
         )
+        raise SlideError("absurd_mpp", f"{name}: µm/px must be credible on both axes; {found}. {remedy}")
     raise SlideError("no_mpp", f"{name}: µm/px must be known; the file states none. {remedy}")
 
 
@@ -188,3 +198,16 @@ def tiff_claim(x: tuple[int, int] | None, y: tuple[int, int] | None, unit: int) 
     if x == y == (1, 1):  # what writers put in when they are told nothing
         return None
     return Claim("TIFF resolution", microns_per_unit * x[1] / x[0], microns_per_unit * y[1] / y[0])
+
+
+def geotiff_claim(tags: Mapping[str, Any] | None) -> Claim | None:
+    """Read the pixel scale among a picture's GeoTIFF tags, by tifffile's names; None if it is not one on the ground.
+
+    Degrees of a geographic system are no length, those of Web Mercator are not lengths on the ground.
+    """
+    if not tags or tags.get("GTModelTypeGeoKey") != _PROJECTED or tags.get("ProjectedCSTypeGeoKey") == _WEB_MERCATOR:
+        return None
+    unit, scale = _GEO_MICRONS.get(tags.get("ProjLinearUnitsGeoKey", 0)), tags.get("ModelPixelScale", ())
+    if unit is None or len(scale) < 2 or not all(math.isfinite(v) and v > 0 for v in scale[:2]):
+        return None
+    return Claim("GeoTIFF pixel scale", scale[0] * unit, scale[1] * unit, (FINEST_GROUND, COARSEST_GROUND))

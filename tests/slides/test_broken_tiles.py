@@ -217,6 +217,21 @@ def test_rgba_is_read_and_transparent_px_are_invalid(tmp_path: Path, kind: str) 
     assert np.array_equal(region.pixels[region.valid], picture[region.valid])
 
 
+@pytest.mark.parametrize("compression", [None, "deflate"])
+def test_of_four_bands_the_first_three_are_read(tmp_path: Path, compression: str | None) -> None:
+    picture = small()[:300, :400]
+    infrared = np.zeros((*picture.shape[:2], 1), np.uint8)  # water: as alpha it would hide the colours
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(
+        path, np.concatenate([picture, infrared], axis=2), tile=(256, 256), photometric="rgb", compression=compression,
+        extrasamples=["unspecified"], metadata=None,
+    )  # fmt: skip
+    with open_slide(path, mpp=0.5) as slide:
+        region = slide.read(0, 0, 400, 300, 0.5)
+    assert region.valid.all()
+    assert np.array_equal(region.pixels, picture)
+
+
 def test_one_huge_strip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, small(), rowsperstrip=10_000, metadata=None)

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 from written_slides import ruler, write_tiff
 
 from engine.errors import EngineError, SlideError
@@ -113,3 +115,52 @@ def test_wrong_overrides(tmp_path: Path, text: str, message: str) -> None:
         read_overrides(path)
     with pytest.raises(EngineError, match="must be a readable CSV"):
         read_overrides(tmp_path / "none.csv")
+
+
+METRES = {1024: 1, 3072: 26918, 3076: 9001}
+
+
+def write_geotiff(path: Path, keys: dict[int, int], scale: tuple[float, ...] = (0.6, 0.6, 0.0)) -> Path:
+    """Write a picture from above as GDAL does: pixel scale, tie point, and the keys, sorted by number."""
+    directory = [1, 1, 0, len(keys), *(n for key, value in sorted(keys.items()) for n in (key, 0, 1, value))]
+    tags = [(33550, 12, 3, scale, True), (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 4e6, 0.0), True)]
+    tags.append((34735, 3, len(directory), tuple(directory), True))
+    tifffile.imwrite(path, np.full((64, 64, 3), 90, np.uint8), photometric="rgb", metadata=None, extratags=tags)
+    return path
+
+
+@pytest.mark.parametrize(("unit", "metres"), [(9001, 1), (9002, 0.3048), (9003, 0.3048006096)])
+def test_a_projected_geotiff_says_its_scale(tmp_path: Path, unit: int, metres: float) -> None:
+    path = write_geotiff(tmp_path / "a.tif", METRES | {3076: unit}, (0.6, 0.5, 0.0))
+    with open_slide(path, mpp=1e6) as slide:
+        found = slide.resolution
+    assert (found.mpp_x, found.mpp_y) == pytest.approx((0.6e6 * metres, 0.5e6 * metres))
+    assert (found.source, found.estimated) == ("GeoTIFF pixel scale", False)
+    with open_slide(path, overrides={"a": (7.0, 7.0)}) as slide:
+        assert slide.resolution.source == "overrides table"
+
+
+@pytest.mark.parametrize(
+    ("keys", "scale"),
+    [
+        ({1024: 2, 2048: 4326}, (6e-6, 6e-6, 0.0)),  # degrees
+        (METRES | {3072: 3857}, (0.6, 0.6, 0.0)),  # Web Mercator
+        ({1024: 1}, (0.6, 0.6, 0.0)),  # no unit
+        (METRES | {3076: 32767}, (0.6, 0.6, 0.0)),  # a unit of its own
+        (METRES, (0.0, 0.6, 0.0)),
+    ],
+)
+def test_a_geotiff_that_does_not_say_metres_on_the_ground_is_refused(
+    tmp_path: Path, keys: dict[int, int], scale: tuple[float, ...]
+) -> None:
+    path = write_geotiff(tmp_path / "a.tif", keys, scale)
+    with pytest.raises(SlideError) as caught:
+        open_slide(path)
+    assert caught.value.code == "no_mpp"
+    with open_slide(path, mpp=1e6) as slide:
+        assert slide.resolution.source == "given for slides without (mpp)"
+
+
+def test_a_geotiff_of_absurd_scale_is_passed_over(tmp_path: Path) -> None:
+    with pytest.raises(SlideError, match=r"GeoTIFF pixel scale says 0.25 x 0.25 \(1000 … 1e\+10 is believed\)"):
+        open_slide(write_geotiff(tmp_path / "a.tif", METRES, (0.25e-6, 0.25e-6, 0.0)))

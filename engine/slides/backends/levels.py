@@ -75,7 +75,7 @@ class Levels(Protocol):
 
 
 def check_rgb(name: str, samples: int, bits: int, kind: str) -> None:
-    """Refuse what is not 8-bit RGB or RGBA. Raises SlideError `not_rgb` or `not_8_bit`."""
+    """Refuse what is not 8-bit RGB, with or without a fourth sample. Raises SlideError `not_rgb` or `not_8_bit`."""
     if bits != 8:
         raise SlideError(
             "not_8_bit",

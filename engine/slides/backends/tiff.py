@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from engine.errors import UNREADABLE, SlideError
 from engine.slides.backends.arrays import ArrayLevels
 from engine.slides.backends.levels import Levels, Window, check_rgb, plausible_levels
-from engine.slides.resolution import Claim, Claims, ome_xml_claims, parse_number, tiff_claim
+from engine.slides.resolution import Claim, Claims, geotiff_claim, ome_xml_claims, parse_number, tiff_claim
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_SEGMENT_PX = 2**26
@@ -111,8 +111,9 @@ def _claims(tiff: tifffile.TiffFile, page: Any) -> Claims:
         objective = objective or ome.objective
     tags = [page.tags.get(key) for key in ("XResolution", "YResolution", "ResolutionUnit")]
     x, y, unit = (tag.value if tag is not None else None for tag in tags)
-    claim = tiff_claim(x, y, int(unit or 2))  # TIFF 6.0: no unit given is inch
-    return Claims((*claims, claim) if claim else tuple(claims), objective)
+    # TIFF 6.0: no unit given is inch
+    claims += [c for c in (geotiff_claim(page.geotiff_tags), tiff_claim(x, y, int(unit or 2))) if c is not None]
+    return Claims(tuple(claims), objective)
 
 
 class TiffLevels:
@@ -180,6 +181,8 @@ class _Segments:
         self._decode_segment, self._tables = page.decode, page.jpegtables
         self._read = read
         self._is_tiled, self._height = bool(page.is_tiled), page.imagelength
+        # A fourth sample that is said to be no alpha (near infrared) is left out.
+        self._samples = 3 if tuple(page.extrasamples) == (tifffile.EXTRASAMPLE.UNSPECIFIED,) else page.samplesperpixel
         self._is_jpeg = int(page.compression) == _JPEG and page.samplesperpixel == 3
         self._head = self._jpeg_head(page) if self._is_jpeg else b""
         self._strict_colours = self._is_jpeg and self._colours_agree()
@@ -247,4 +250,5 @@ class _Segments:
             pixels, _, _ = self._decode_segment(data, index, jpegtables=self._tables)
         except UNREADABLE:
             return None
-        return pixels[0] if pixels is not None and pixels.shape[1:3] == self._size(index) else None
+        right = pixels is not None and pixels.shape[1:3] == self._size(index)
+        return pixels[0, ..., : self._samples] if right else None  # type: ignore[index]
