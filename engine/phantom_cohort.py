@@ -28,7 +28,7 @@ from engine.state import disk_error, replacing, write_atomically
 
 PROG = "python -m engine.phantom_cohort"
 CALM, WILD = (0.0, 0.15), (0.85, 1.0)
-ORDERLY, RAGGED = (0.3, 0.35), (0.65, 0.7)
+ORDERLY, RAGGED = (0.33, 0.38), (0.62, 0.67)
 """Ranges of pleomorphism and of architecture; a score of 42 (configs/tasks/hrd.yaml) lies between them. Extremes of
 architecture would be seen at 20x as well: there every duct has a lumen or none."""
 SECOND_SLIDE = 5
@@ -47,9 +47,9 @@ class PhantomCohortConfig:
     """Share of positive patients, 0..1."""
     sites: int = 4
     """Hospitals the patients are spread over; they do not differ."""
-    width: int = 6144
+    width: int = 4096
     """px."""
-    height: int = 6144
+    height: int = 4096
     """px."""
     mpp: float = 0.5
     """µm/px."""
