@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
 from safetensors.torch import load_file
 
@@ -171,14 +172,29 @@ def _recovered(config: RunConfig, picture: np.ndarray, model: ZoomLDM, plan: Pla
     windows = Windows.over(picture.shape[:2], plan.levels[0], config.inversion)
     progress.say(f"condition inversion: {len(windows.tiling)} window(s), {config.inversion.steps} steps")
     latents = encode_windows(model, _as_image(picture, windows.size_px), windows)
+    start = _vectors_of_enlarged(config, picture, model, windows) if config.inversion.start == "enlarged" else None
     try:
         grid = invert(
             model, latents, windows, config.inversion, config.sampling.seed,
-            lambda done, total: progress.step("inversion", done, total),
+            lambda done, total: progress.step("inversion", done, total), start,
         )  # fmt: skip
     finally:
         progress.close()
     return np.ascontiguousarray(grid[:, : plan.grid_shape[0], : plan.grid_shape[1]])
+
+
+def _vectors_of_enlarged(config: RunConfig, picture: np.ndarray, model: ZoomLDM, windows: Windows) -> np.ndarray:
+    """Return what the model's encoder says of a picture enlarged bicubically, float32 (D, *windows.shape)."""
+    section, factor, n = config.model, windows.level.factor, windows.cells
+    encoder = load_encoder(
+        model.config.encoder, section.encoder_source, model.extras, model.device, getattr(torch, section.dtype)
+    )
+    whole = to_uint8(_as_image(picture, windows.size_px)).transpose(1, 2, 0)
+    large = PIL.Image.fromarray(whole).resize(
+        (whole.shape[1] * factor, whole.shape[0] * factor), PIL.Image.Resampling.BICUBIC
+    )
+    grid = embedding_grid(np.asarray(large), encoder)
+    return grid.reshape(len(grid), grid.shape[1] // n, n, grid.shape[2] // n, n).mean(axis=(2, 4))
 
 
 @contextmanager

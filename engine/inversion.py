@@ -91,17 +91,19 @@ def encode_windows(model: ZoomLDM, picture: np.ndarray, windows: Windows) -> Ten
 
 
 def invert(
-    model: ZoomLDM, latents: Tensor, windows: Windows, config: InversionConfig, seed: int, tick: Tick
-) -> np.ndarray:
+    model: ZoomLDM, latents: Tensor, windows: Windows, config: InversionConfig, seed: int, tick: Tick,
+    start: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
     """Find the SSL vectors under a picture, float32 (D, h, w) in base cells; `latents` are its windows' (N, 3, 64, 64).
 
     Windows share the vectors where they overlap: it is one grid for the whole picture, found by Adam on the sum of
-    their losses. Raises: EngineError when a vector is not finite.
+    their losses, from noise or from `start` (D, *windows.shape). Raises: EngineError when a vector is not finite.
     """
     shape = (model.config.ssl_dim, *windows.shape)
-    start = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal(shape, dtype=np.float32)
+    if start is None:
+        start = np.random.default_rng(np.random.SeedSequence(seed)).standard_normal(shape, dtype=np.float32)
     with _differentiable(model):
-        grid = torch.from_numpy(start).to(model.device).requires_grad_()
+        grid = torch.from_numpy(start.copy()).to(model.device).requires_grad_()
         adam = torch.optim.Adam([grid], lr=config.lr)
         for number, t in enumerate(config.timesteps):
             adam.zero_grad()

@@ -1,6 +1,7 @@
 """Settings of condition inversion, as a section of a run's configuration."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 START, END = 950, 50
 """First and last timestep (published)."""
@@ -18,6 +19,8 @@ class InversionConfig:
     """Weight of the mean cosine between a window's cells, which is pushed down."""
     overlap: float = 0.5
     """Share of a window that the next one sees too, 0..0.9; matters to pictures larger than one tile."""
+    start: Literal["noise", "enlarged"] = "noise"
+    """Where the vectors begin: noise, as published, or what the model's encoder says of the enlarged picture."""
     batch_size: int = 4
     """Windows evaluated together; changes the last bits."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from tiny_run import store_model
 
 import generate_large
@@ -17,6 +18,8 @@ from engine.enlarged import enlarged_tile
 from engine.guidance import GuidePicture
 from engine.image import Image
 from engine.magnification import BRCA_SCALE
+from engine.model.demo_encoder import RAW_DIM, DemoEncoder
+from engine.model.zoomldm import ZoomLDM
 from engine.predict import LocalDenoiser
 from engine.superres import SuperresConfig, factor_of, plan_run
 
@@ -62,6 +65,23 @@ def test_reduced_the_result_is_the_picture(enlarged: Path, inputs: list[str]) ->
     small = found.reshape(3, HEIGHT, 4, WIDTH, 4).mean(axis=(2, 4)).transpose(1, 2, 0)
     assert np.abs(small - low(inputs)).mean() < 1.5
     assert json.loads((enlarged / "report.json").read_text())["consistency_psnr_db"] > 30
+
+
+def test_inversion_may_begin_from_what_the_encoder_says(inputs: list[str], tmp_path: Path) -> None:
+    """With steps of nothing it stays there."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = DemoEncoder(torch.zeros(RAW_DIM), torch.randn(RAW_DIM, 16) / 10)
+    model = ZoomLDM.from_pretrained(store_model(tmp_path, encoder="demo"))
+    model.extras["encoder/model"] = encoder.tensors()
+    model.save_pretrained(tmp_path / "model")
+    flags = [f"--model.source={tmp_path / 'model'}", "--inversion.start=enlarged", "--inversion.lr=1e-7"]
+    assert superres.main([*inputs, *flags, "--scale=4", f"--output.folder={tmp_path / 'run'}"]) == 0
+    large = PIL.Image.fromarray(low(inputs)).resize((4 * WIDTH, 4 * HEIGHT), PIL.Image.Resampling.BICUBIC)
+    cell = torch.from_numpy(np.array(large)[:256, :256]).permute(2, 0, 1)[None]
+    grid = np.load(tmp_path / "run" / conditions.STORED)
+    np.testing.assert_allclose(grid[:, 0, 0], encoder.encode(cell)[0].numpy(), atol=1e-3)
+    assert np.abs(grid[:, 0, 0] - grid[:, 0, 1]).max() > 0.01
 
 
 def test_a_run_leaves_the_picture_as_guide(enlarged: Path, inputs: list[str]) -> None:

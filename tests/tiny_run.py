@@ -1,6 +1,7 @@
 """What runs of a tiny random model start from: the model and its SSL vectors on disk, and the flags that name them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,11 +10,11 @@ from engine.model.colour import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
 
 
-def store_model(folder: Path) -> Path:
-    """Store a random model with a colour map; return where."""
+def store_model(folder: Path, **changes: Any) -> Path:
+    """Store a random model with a colour map; `changes` are tiny_config's. Returns where."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = ZoomLDM(tiny_config())
+        model = ZoomLDM(tiny_config(**changes))
     model.extras["guidance/linear"] = LinearColour(torch.eye(3).double(), torch.zeros(3).double()).tensors()
     model.save_pretrained(folder / "model")
     return folder / "model"
