@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import roc_auc_score
 
 from engine.features import DiffusionEncoder, FeatureConfig, SSLTileEncoder, TileEncoder, TilePixels
-from engine.magnification import TILE_PX
+from engine.magnification import BRCA_SCALE, TILE_PX
 from engine.model.demo_encoder import DemoEncoder
 from engine.model.zoomldm import ZoomLDM
 from engine.run import pin_arithmetic
@@ -41,8 +41,6 @@ SIDE = 6
 LOW, HIGH = (0.0, 0.15), (0.85, 1.0)
 EPITHELIUM = 1 / 3
 TARGET = 0.8
-BASE_MPP = 0.5
-"""µm/px of the phantoms at 20x."""
 TRAINING = {"hidden": 64, "attention": 32, "lr": 1e-3, "epochs": 40, "device": "cpu"}
 
 
@@ -92,8 +90,11 @@ def phantom_tiles(number: int) -> tuple[TilePixels, NDArray[np.bool_]]:
     corner = rng.integers(0, 40, 2) * TILE_PX
     places = np.stack(np.meshgrid(np.arange(SIDE), np.arange(SIDE)), axis=-1).reshape(-1, 2)
     coords = (corner + places * TILE_PX).astype(np.int64)
-    images = [phantom.render(y * BASE_MPP, x * BASE_MPP, TILE_PX, TILE_PX, BASE_MPP) for x, y in coords]
-    side = round(TILE_PX * BASE_MPP / FIELD_UM)
+    images = [
+        phantom.render(y * BRCA_SCALE.base_mpp, x * BRCA_SCALE.base_mpp, TILE_PX, TILE_PX, BRCA_SCALE.base_mpp)
+        for x, y in coords
+    ]
+    side = round(TILE_PX * BRCA_SCALE.base_mpp / FIELD_UM)
     keys = [
         build_fields(phantom.seed, phantom.architecture, (y * side, x * side), (side, side)).epithelium.mean()
         > EPITHELIUM

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 from safetensors.torch import load_file
 
 from engine.config import RunConfig
 from engine.decode import to_uint8
+from engine.enlarged import enlarged_tile
 from engine.errors import CanvasError, EngineError
 from engine.guidance import GuidePicture
 from engine.inversion import Windows, encode_windows, invert
-from engine.magnification import LATENT_FACTOR, TILE_PX
+from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.model.cdm_store import load_cdm
 from engine.model.encoders import load_encoder
 from engine.model.hub import DEMO
@@ -184,17 +184,22 @@ def _recovered(config: RunConfig, picture: np.ndarray, model: ZoomLDM, plan: Pla
 
 
 def _vectors_of_enlarged(config: RunConfig, picture: np.ndarray, model: ZoomLDM, windows: Windows) -> np.ndarray:
-    """Return what the model's encoder says of a picture enlarged bicubically, float32 (D, *windows.shape)."""
+    """Return what the model's encoder says of the enlarged picture, float32 (D, *windows.shape).
+
+    Raises: CheckpointError when the encoder cannot be had or returns NaN.
+    """
     section, factor, n = config.model, windows.level.factor, windows.cells
     encoder = load_encoder(
         model.config.encoder, section.encoder_source, model.extras, model.device, getattr(torch, section.dtype)
     )
-    whole = to_uint8(_as_image(picture, windows.size_px)).transpose(1, 2, 0)
-    large = PIL.Image.fromarray(whole).resize(
-        (whole.shape[1] * factor, whole.shape[0] * factor), PIL.Image.Resampling.BICUBIC
-    )
-    grid = embedding_grid(np.asarray(large), encoder)
-    return grid.reshape(len(grid), grid.shape[1] // n, n, grid.shape[2] // n, n).mean(axis=(2, 4))
+    guide = GuidePicture(_as_image(picture, windows.size_px), factor)
+    rows, columns = (side * n for side in windows.shape)
+    vectors = []
+    for y in range(rows):  # a row of cells at a time: the enlarged picture may be too large to hold
+        cells = [enlarged_tile(guide, y * TILE_LATENT_PX, x * TILE_LATENT_PX) for x in range(columns)]
+        vectors.append(embedding_grid(np.concatenate(to_uint8(np.stack(cells)).transpose(0, 2, 3, 1), axis=1), encoder))
+    grid = np.concatenate(vectors, axis=1)
+    return grid.reshape(len(grid), rows // n, n, columns // n, n).mean(axis=(2, 4))
 
 
 @contextmanager

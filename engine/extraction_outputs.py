@@ -39,7 +39,7 @@ class ExtractionOutputs(Outputs[SlidePlan, BlockFeatures, _OpenSlide, SlideRecor
     def __init__(
         self, folder: Path, config: ExtractConfig, names: tuple[str, str], encoders: Mapping[str, EncoderFacts]
     ) -> None:
-        super().__init__(folder)
+        super().__init__(folder, config.blocks.slide_damage)
         self.config, self.names, self.encoders = config, names, encoders
 
     def task(self, slide: str, path: Path) -> SlideTask | None:
@@ -78,7 +78,6 @@ class ExtractionOutputs(Outputs[SlidePlan, BlockFeatures, _OpenSlide, SlideRecor
         return self._masked(slide)[0], len(slide.plan.grid)
 
     def _finished(self, slide: _OpenSlide) -> SlideRecord:
-        self._refuse_damage(slide, self.config.blocks.slide_damage)
         masked = self._masked(slide)
         for writer in slide.writers.values():
             writer.finish()

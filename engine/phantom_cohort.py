@@ -4,7 +4,7 @@
 
 A patient is positive if its nuclei are pleomorphic (best seen at 20x) AND its architecture is ragged (best seen at 5x).
 Each is so in the square root of the share of positives, independent of the other, so one of them alone cannot tell.
-Neither scale is blind to the other sign, though: open lumina are seen at 20x, large nuclei darken 5x (docs/mil.md).
+Neither scale is quite blind to the other sign: lumina are seen at 20x, large nuclei darken 5x (docs/mil.md).
 Slides that are there are not made again. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 

@@ -34,7 +34,7 @@ class PreparedOutputs(Outputs[PreparedPlan, BlockLatents, _OpenSlide, PreparedRe
     """Writes what arrives; knows which slides are under way."""
 
     def __init__(self, folder: Path, config: PrepareConfig, shared: SetFacts) -> None:
-        super().__init__(folder)
+        super().__init__(folder, config.blocks.slide_damage)
         self.config, self.shared = config, shared
 
     def task(self, slide: str, path: Path) -> PrepareTask | None:
@@ -77,7 +77,6 @@ class PreparedOutputs(Outputs[PreparedPlan, BlockLatents, _OpenSlide, PreparedRe
         return int(bad.sum()), len(bad)
 
     def _finished(self, slide: _OpenSlide) -> PreparedRecord:
-        self._refuse_damage(slide, self.config.blocks.slide_damage)
         facts = slide.writer.finish()
         return _record(facts, slide.plan.path, slide.plan.tissue_share, slide.seconds)
 

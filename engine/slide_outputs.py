@@ -53,8 +53,9 @@ R = TypeVar("R", bound=Record)
 class Outputs(ABC, Generic[P, B, S, R]):
     """Writes what arrives; knows which slides are under way. Its methods raise EngineError for what cannot be used."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, most_damage: float) -> None:
+        """A slide of which more than a share `most_damage` of the patches is damaged fails."""
+        self.folder, self.most_damage = folder, most_damage
         self.write_s = 0.0
         self._open: dict[str, S] = {}
 
@@ -113,14 +114,15 @@ class Outputs(ABC, Generic[P, B, S, R]):
     def _finish_if_complete(self, name: str, start: float) -> R | None:
         slide, record = self._open[name], None
         if not slide.waiting:
+            self._refuse_damage(slide)
             record = self._finished(slide)
             del self._open[name]
         self.write_s += time.perf_counter() - start
         return record
 
-    def _refuse_damage(self, slide: S, limit: float) -> None:
-        """Raise SlideError `damaged` if more than a share `limit` of the slide's patches is."""
-        bad, total = self._damage(slide)
+    def _refuse_damage(self, slide: S) -> None:
+        """Raise SlideError `damaged`."""
+        (bad, total), limit = self._damage(slide), self.most_damage
         if bad > limit * total:
             raise SlideError(
                 "damaged",
