@@ -1,12 +1,13 @@
 """Do models find the instances that a bag's label comes from? Two problems whose answer is known instance by instance.
 
-    python -m benchmarks.attention [--bags 300] [--phantoms 200] [--json FILE]
+    python -m benchmarks.attention [--bags 300] [--phantoms 200] [--encoder texture] [--json FILE]
 
 Digits: bags of 20 to 40 of scikit-learn's 8x8 pictures of digits, positive if one to three of them are nines. Training
 and test bags share no picture.
-Phantoms: the 36 tiles (20x) of a field of tissue, described by the embedded model's SSL encoder, or with --blocks by
-its U-Net, and whitened. In positive fields the nuclei are pleomorphic (knob 0.85 to 1), in negative ones not (0 to
-0.15); what carries the label are the tiles with epithelium (a third of their area), whose nuclei the knob changes.
+Phantoms: the 36 tiles (20x) of a field of tissue, described by their texture, or by what --encoder names ("demo", the
+embedded model's SSL encoder) or --blocks (its U-Net's), and whitened. In positive fields the nuclei are pleomorphic
+(knob 0.85 to 1), in negative ones not (0 to 0.15); what carries the label are the tiles with epithelium (a third of
+their area), whose nuclei the knob changes.
 
 Figures on test bags: area under the ROC curve of the bags; and the mean, over positive bags, of the area of attention
 against the instances that carry the label (bar: 0.8 for abmil). Mean pooling has no attention.
@@ -25,7 +26,7 @@ from sklearn.metrics import roc_auc_score
 
 from engine.features import DiffusionEncoder, FeatureConfig, SSLTileEncoder, TileEncoder, TilePixels
 from engine.magnification import BRCA_SCALE, TILE_PX
-from engine.model.demo_encoder import DemoEncoder
+from engine.model.encoders import load_encoder
 from engine.model.zoomldm import ZoomLDM
 from engine.run import pin_arithmetic
 from engine.slides.phantom import Phantom
@@ -96,20 +97,19 @@ def phantom_tiles(number: int) -> tuple[TilePixels, NDArray[np.bool_]]:
     ]
     side = round(TILE_PX * BRCA_SCALE.base_mpp / FIELD_UM)
     keys = [
-        build_fields(phantom.seed, phantom.architecture, (y * side, x * side), (side, side)).epithelium.mean()
-        > EPITHELIUM
+        build_fields(phantom.seed, phantom.ducts, (y * side, x * side), (side, side)).epithelium.mean() > EPITHELIUM
         for x, y in coords // TILE_PX
     ]
     pixels = np.ascontiguousarray(np.stack(images).transpose(0, 3, 1, 2))
     return TilePixels(f"phantom-{number}", "20x", coords, pixels), np.array(keys) & bool(number % 2)
 
 
-def tile_encoder(blocks: str | None, timestep: int) -> TileEncoder:
-    """Return the embedded model's SSL encoder, or its U-Net's blocks (joined by commas)."""
+def tile_encoder(name: str, blocks: str | None, timestep: int) -> TileEncoder:
+    """Return an encoder by its name, or the embedded model's U-Net's blocks (joined by commas)."""
     model = ZoomLDM.from_pretrained("demo")
     if blocks is not None:
         return DiffusionEncoder(model, FeatureConfig(blocks=tuple(blocks.split(",")), timestep=timestep))
-    return SSLTileEncoder(DemoEncoder.from_tensors(model.extras["encoder/model"]))
+    return SSLTileEncoder(load_encoder(name, extras=model.extras))
 
 
 def phantom_problem(count: int, encoder: TileEncoder) -> tuple[Bags, Bags]:
@@ -154,12 +154,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bags", type=int, default=300, help="training bags of digits")
     parser.add_argument("--phantoms", type=int, default=200, help="fields of tissue, training and test")
-    parser.add_argument("--blocks", help="take these U-Net blocks in place of the SSL vectors")
+    parser.add_argument("--encoder", default="texture", help="what describes the tiles of phantoms")
+    parser.add_argument("--blocks", help="take these U-Net blocks instead")
     parser.add_argument("--timestep", type=int, default=FeatureConfig().timestep)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     arguments = parser.parse_args(argv)
     pin_arithmetic(2)
-    encoder = tile_encoder(arguments.blocks, arguments.timestep)
+    encoder = tile_encoder(arguments.encoder, arguments.blocks, arguments.timestep)
     found = {
         "digits": measure(*digits_problem(arguments.bags)),
         "phantoms": measure(*phantom_problem(arguments.phantoms, encoder), scaling="whiten"),

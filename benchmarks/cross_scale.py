@@ -35,7 +35,7 @@ from engine.run import pin_arithmetic
 from engine.training import joint
 from engine.training.checkpointing import save_json
 from engine.training.data import HELDOUT_SEED
-from engine.training.figures import sample_tiles
+from engine.training.heldout import sample_tiles
 from engine.training.joint_settings import InitialSettings, JointConfig, OutputSettings
 from engine.training.stages import DEMO_SCALE
 
@@ -147,7 +147,11 @@ def sample(trial: Trial, networks: DemoNetworks, folder: Path, heldout: Prepared
         numbers = range(first, min(first + _BATCH, count))
         grids = [torch.from_numpy(heldout.example(trial.level, i).grid) for i in numbers]
         levels = [trial.level] * len(grids)
-        made.append(sample_tiles(model, grids, levels, draw * count + first, trial.weight, trial.stride).float())
+        made.append(
+            sample_tiles(
+                model, model.summarize(grids, levels), draw * count + first, trial.weight, trial.stride
+            ).float()
+        )
     return networks.pictures(torch.cat(made).numpy())
 
 

@@ -22,7 +22,7 @@ from engine.model.zoomldm import ZoomLDM
 from engine.prepared import PreparedSet
 from engine.training import joint
 from engine.training.data import as_pictures
-from engine.training.figures import sample_tiles
+from engine.training.heldout import sample_tiles
 from engine.training.joint_settings import (
     InitialSettings,
     JointConfig,
@@ -61,7 +61,9 @@ def similarities(folder: Path, pictures: np.ndarray) -> np.ndarray:
     model, data = ZoomLDM.from_pretrained(folder / "model"), PreparedSet(folder / "data")
     encoder = DemoEncoder.from_tensors(ZoomLDM.from_pretrained("demo").extras["encoder/model"])
     grids = [torch.from_numpy(data.example(0, i).grid) for i in range(len(pictures))]
-    made = as_pictures(model.decode(sample_tiles(model, grids, [0] * len(grids), seed=3, weight=1.0, stride=50)))
+    made = as_pictures(
+        model.decode(sample_tiles(model, model.summarize(grids, [0] * len(grids)), seed=3, weight=1.0, stride=50))
+    )
     pairs = np.concatenate([np.concatenate(list(row), axis=1) for row in (pictures, made)])
     Image.fromarray(pairs).save(folder / "pairs.png")
     real, fake = (encoder.encode(torch.from_numpy(p).permute(0, 3, 1, 2)).numpy() for p in (pictures, made))

@@ -15,7 +15,7 @@ from engine.prepared_facts import SLIDE, SLIDES, SetFacts, SlideFacts
 from engine.prepared_writer import PatchPlan, PreparedWriter, open_set
 from engine.reference import embedding_grid
 from engine.slides.phantom import Phantom
-from engine.training.data import as_images, as_pictures, box_average, phantom_of
+from engine.training.data import as_images, as_pictures, box_average
 
 Pictures = NDArray[np.uint8]
 """(N, 256, 256, 3)."""
@@ -74,7 +74,7 @@ def write_piece(folder: Path, networks: DemoNetworks, seed: int, side: int, coun
     name = f"phantom_{seed}"
     if (folder / SLIDES / name / SLIDE).exists():
         return
-    pixels = phantom_of(seed).render(0, 0, side * TILE_PX, side * TILE_PX, networks.facts.base_mpp)
+    pixels = Phantom.varied(seed).render(0, 0, side * TILE_PX, side * TILE_PX, networks.facts.base_mpp)
     cells = np.argwhere(np.ones((side, side), np.bool_)).astype(np.int32)
     rng = np.random.default_rng(seed)
     free = {mag: side - networks.facts.scale.factor(mag) + 1 for mag in counts}

@@ -24,7 +24,8 @@ from engine.patches import PatchSampler
 from engine.progress import Progress
 from engine.reference import embedding_grid
 from engine.run import pin_arithmetic, prepare, run, work_alone
-from engine.training.data import HELDOUT_SEED, box_average, phantom_of
+from engine.slides.phantom import Phantom
+from engine.training.data import HELDOUT_SEED, box_average
 
 CELLS = 16
 """Held-out regions are 16×16 cells: 4096² px at 20x, one patch at 1.25x."""
@@ -49,7 +50,7 @@ def held_out(count: int, encoder) -> list[HeldOut]:
     """Render regions far from where the trainer's held-out regions lie."""
     found = []
     for i in range(count):
-        pixels = phantom_of(HELDOUT_SEED + 100 + i).render(0, 0, CELLS * 256, CELLS * 256, 0.5)
+        pixels = Phantom.varied(HELDOUT_SEED + 100 + i).render(0, 0, CELLS * 256, CELLS * 256, 0.5)
         found.append(HeldOut(pixels, embedding_grid(pixels, encoder)))
     return found
 

@@ -30,8 +30,9 @@ from engine.decode import to_uint8
 from engine.image import Image
 from engine.progress import Progress
 from engine.run import pin_arithmetic, run, work_alone
+from engine.slides.phantom import Phantom
 from engine.superres import SuperresConfig, plan_run
-from engine.training.data import HELDOUT_SEED, box_average, phantom_of
+from engine.training.data import HELDOUT_SEED, box_average
 
 FACTOR = 4
 FIRST_SEED = HELDOUT_SEED + 100
@@ -140,7 +141,7 @@ def main(argv: Iterable[str] | None = None) -> None:
     pin_arithmetic(1)
     found = []
     for number in range(arguments.regions):
-        truth = phantom_of(FIRST_SEED + number).render(0, 0, arguments.size, arguments.size, 0.5)
+        truth = Phantom.varied(FIRST_SEED + number).render(0, 0, arguments.size, arguments.size, 0.5)
         found.append(measure(truth, None if number else arguments.sheet))
         print(json.dumps(found[-1]), flush=True)
     text = table(found)

@@ -35,6 +35,11 @@ class PhantomSlidesConfig:
     """µm/px."""
     seed: int = 0
     """Of the first slide."""
+    varied: bool = False
+    """Draw each slide's nuclei (calm to pleomorphic) and architecture from its seed, so that all of both occurs; else
+    they are those of the default phantom."""
+    pen_every: int = 3
+    """Every so many slides one has pen marks; 0 for none."""
 
     def __post_init__(self) -> None:
         if self.count < 1 or min(self.width, self.height) < 256 or not self.mpp > 0:
@@ -42,6 +47,8 @@ class PhantomSlidesConfig:
                 f"count >= 1, sides >= 256 px and mpp > 0 must hold; got {self.count}, {self.width}x{self.height}, "
                 f"{self.mpp}."
             )
+        if self.pen_every < 0:
+            raise ValueError(f"pen_every must be 0 (none) or more; got {self.pen_every}.")
 
 
 def write_slides(config: PhantomSlidesConfig) -> list[Path]:
@@ -55,7 +62,8 @@ def write_slides(config: PhantomSlidesConfig) -> list[Path]:
     for i, path in enumerate(paths):
         if not path.exists():
             with replacing(path) as partial:
-                phantom, pen = Phantom(config.seed + i), i % 3 == 2
+                seed, pen = config.seed + i, config.pen_every > 0 and (i + 1) % config.pen_every == 0
+                phantom = Phantom.varied(seed) if config.varied else Phantom(seed)
                 write_phantom_slide(partial, phantom, config.width, config.height, config.mpp, pen_marks=pen)
     return paths
 

@@ -31,10 +31,10 @@ PLACES = {name: [(0, 0), (0, 0) if k == 8 else (0, k)] for name, k in zip(NAMES,
 LEARN = JointSettings(steps=6, batch_size=4, lr=1e-3, warmup=2, ema=0.9, max_skipped=1)
 
 
-def write_autoencoder(folder: Path) -> SetFacts:
+def write_autoencoder(folder: Path, networks: NetworkSettings = NETWORKS) -> SetFacts:
     """Write a random model to take the autoencoder from; return what a set prepared with it says."""
     torch.manual_seed(7)
-    model = ZoomLDM(network_config(NETWORKS))
+    model = ZoomLDM(network_config(networks))
     model.save_pretrained(folder)
     return replace(FACTS, magnifications=NAMES, autoencoder_digest=autoencoder_digest(model))
 

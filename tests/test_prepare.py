@@ -17,7 +17,8 @@ from written_slides import box, overwrite, tile_bytes, tissue, write_tiff
 
 from engine import preparation_blocks
 from engine.errors import CanvasMismatchError, EngineError, PreparedMismatchError
-from engine.model.demo_encoder import RAW_DIM, DemoEncoder
+from engine.model.demo_encoder import DemoEncoder
+from engine.model.texture_encoder import RAW_DIM
 from engine.model.zoomldm import ZoomLDM, autoencoder_digest, tiny_config
 from engine.preparation import prepare
 from engine.preparation_blocks import read_patch

@@ -19,7 +19,8 @@ from engine.enlarged import enlarged_tile
 from engine.guidance import GuidePicture
 from engine.image import Image
 from engine.magnification import BRCA_SCALE
-from engine.model.demo_encoder import RAW_DIM, DemoEncoder
+from engine.model.demo_encoder import DemoEncoder
+from engine.model.texture_encoder import RAW_DIM
 from engine.model.zoomldm import ZoomLDM
 from engine.predict import LocalDenoiser
 from engine.superres import SuperresConfig, factor_of, plan_run

@@ -1,7 +1,7 @@
-"""SSL encoders by name: the demo's own, UNI, DINOv2 and Phikon, from the model folder, a local folder or the Hub.
+"""Encoders by name: the demo's own, texture, UNI, DINOv2 and Phikon, from the model folder, a local one or the Hub.
 
-It does not know networks (demo_encoder.py, vit_encoder.py) or pictures (reference.py). Nothing is substituted: an
-encoder that is not there is an error, because vectors of another network mean nothing to the conditioner.
+It does not know networks (*_encoder.py) or pictures (reference.py). Nothing is substituted: an encoder that is not
+there is an error, because vectors of another network mean nothing to the conditioner.
 """
 
 import difflib
@@ -16,12 +16,13 @@ from engine.model.demo_encoder import DemoEncoder
 from engine.model.hub import locate_files
 from engine.model.ssl_encoder import SSLEncoder
 from engine.model.store import read_safetensors
+from engine.model.texture_encoder import TextureEncoder
 from engine.model.vit_encoder import PUBLISHED, load_vit
 
 __all__ = ["ENCODERS", "DemoEncoder", "SSLEncoder", "load_encoder"]
 
-DEMO = "demo"
-ENCODERS = (DEMO, *PUBLISHED)
+DEMO, TEXTURE = "demo", "texture"
+ENCODERS = (DEMO, TEXTURE, *PUBLISHED)
 EMBEDDED = "encoder/model"
 """Where a model folder keeps its own encoder (`model.extras[EMBEDDED]`, encoder/model.safetensors)."""
 _WAY_ROUND = "or pass vectors that were computed elsewhere (--embeddings)"
@@ -38,8 +39,8 @@ def load_encoder(
     """Load the SSL encoder that a model was trained with.
 
     `id` is one of ENCODERS (ModelConfig.encoder). `source` is a folder with the encoder's file, or a Hub id; None
-    means the model's own `extras` for the demo, else the repository the encoder was published in. The demo encoder
-    computes in float32 whatever `dtype`. `flag` is what messages tell the user to pass.
+    means the model's own `extras` for the demo, nothing for texture, else the repository the encoder was published
+    in. The demo encoder and texture compute in float32 whatever `dtype`. `flag` is what messages tell to pass.
     Raises: ValueError for an unknown id; CheckpointError when weights are missing, gated, damaged or hostile.
     """
     if id not in ENCODERS:
@@ -48,6 +49,8 @@ def load_encoder(
         raise ValueError(f"the SSL encoder must be one of {', '.join(ENCODERS)}; got {id!r}. {hint}")
     if id == DEMO:
         return _load_demo(source, extras or {}, device, flag)
+    if id == TEXTURE:
+        return TextureEncoder().to(device)
     spec = PUBLISHED[id]
     if source is not None and Path(source).is_dir():
         folder = Path(source)

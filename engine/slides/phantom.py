@@ -5,6 +5,7 @@ Ruifrok & Johnston, "Quantification of histochemical staining by color deconvolu
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -29,17 +30,38 @@ class Phantom:
 
     pleomorphism: variation of nuclear size, shape and chromatin; seen at 20x, hardly in the local mean colour.
     architecture: 0 orderly open ducts … 1 ragged solid nests; seen at 5x and below, same nuclei.
+    chromatin: coarseness of chromatin, and nucleoli, apart from size and shape: 5x averages it away. None: follows
+    pleomorphism.
+    lumina: 0 open … 1 none, apart from the ducts' outlines and places: 20x sees it as well. None: follows architecture.
     """
 
     seed: int
     pleomorphism: float = 0.3
     architecture: float = 0.5
+    chromatin: float | None = None
+    lumina: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("pleomorphism", "architecture"):
+        for name in ("pleomorphism", "architecture", "chromatin", "lumina"):
             value = getattr(self, name)
-            if not 0 <= value <= 1:
+            if value is not None and not 0 <= value <= 1:
                 raise ValueError(f"{name} must lie in [0, 1]; got {value}. Use 0.5 for a middling slide.")
+
+    @classmethod
+    def varied(cls, seed: int) -> Self:
+        """Return a phantom whose knobs are drawn from its seed, so that many of them show all there is."""
+        rng = np.random.default_rng(np.random.SeedSequence((seed, 77)))
+        return cls(seed, pleomorphism=float(rng.uniform()), architecture=float(rng.uniform()))
+
+    @property
+    def nuclei(self) -> tuple[float, float]:
+        """Pleomorphism and chromatin, each 0..1."""
+        return self.pleomorphism, self.pleomorphism if self.chromatin is None else self.chromatin
+
+    @property
+    def ducts(self) -> tuple[float, float]:
+        """Architecture and lumina, each 0..1."""
+        return self.architecture, self.architecture if self.lumina is None else self.lumina
 
     def render(self, y_um: float, x_um: float, height_px: int, width_px: int, mpp: float) -> np.ndarray:
         """Return transmitted light, uint8 (height_px, width_px, 3), of the window with corner (y_um, x_um).
@@ -84,7 +106,7 @@ def _render_light(phantom: Phantom, window_px: tuple[int, int, int, int], mpp: f
     def to_px(field: np.ndarray) -> np.ndarray:
         return resample(field, fields.first, at_y, at_x)
 
-    nuclei = draw_nuclei(phantom.seed, phantom.pleomorphism, fields, window_px, mpp)
+    nuclei = draw_nuclei(phantom.seed, phantom.nuclei, fields, window_px, mpp)
     base_h, base_e, fibrous = _mean_stain(fields)
     fibres = _fibre_texture(phantom.seed, to_px(fields.fibre), to_px(fields.along))
     fibres *= to_px(fibrous)
@@ -107,9 +129,8 @@ def _fields_around(phantom: Phantom, window_px: tuple[int, int, int, int], mpp: 
     top, left, height, width = window_px
     first = [int(np.floor((start * mpp - REACH_UM) / FIELD_UM)) - 2 for start in (top, left)]
     last = [int(np.ceil((end * mpp + REACH_UM) / FIELD_UM)) + 3 for end in (top + height, left + width)]
-    return build_fields(
-        phantom.seed, phantom.architecture, (first[0], first[1]), (last[0] - first[0], last[1] - first[1])
-    )
+    shape = last[0] - first[0], last[1] - first[1]
+    return build_fields(phantom.seed, phantom.ducts, (first[0], first[1]), shape)
 
 
 def _mean_stain(fields: TissueFields) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -36,9 +36,12 @@ KINDS = (
 
 
 def draw_nuclei(
-    seed: int, pleomorphism: float, fields: TissueFields, window_px: tuple[int, int, int, int], mpp: float
+    seed: int, knobs: tuple[float, float], fields: TissueFields, window_px: tuple[int, int, int, int], mpp: float
 ) -> np.ndarray:
-    """Return the nuclei's haematoxylin, float32 (height, width); the window is (top, left, height, width) in px."""
+    """Return the nuclei's haematoxylin, float32 (height, width).
+
+    knobs: pleomorphism and chromatin; the window is (top, left, height, width) in px.
+    """
     top, left, height, width = window_px
     # Twice the reach: a nucleus centred outside the window that reaches into it must still fit whole.
     pad = 2 * int(np.ceil(REACH_UM / mpp)) + 2
@@ -46,11 +49,11 @@ def draw_nuclei(
     texture = _chromatin_sheet(seed, mpp, pad)
     for kind in KINDS:
         iy, ix = _lattice_cells(kind, window_px, mpp)
-        table = _nuclei_of(seed, pleomorphism, kind, fields, iy, ix)
+        table = _nuclei_of(seed, knobs, kind, fields, iy, ix)
         origin = (top - pad, left - pad)
         _stamp(canvas, origin, table, texture, mpp)
         if kind.name == "epithelial":
-            _stamp(canvas, origin, _nucleoli(table, pleomorphism), texture, mpp)
+            _stamp(canvas, origin, _nucleoli(table, knobs[1]), texture, mpp)
     return canvas[pad : pad + height, pad : pad + width]
 
 
@@ -67,9 +70,10 @@ def _lattice_cells(
 
 
 def _nuclei_of(
-    seed: int, pleomorphism: float, kind: NucleusKind, fields: TissueFields, iy: np.ndarray, ix: np.ndarray
+    seed: int, knobs: tuple[float, float], kind: NucleusKind, fields: TissueFields, iy: np.ndarray, ix: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return the nuclei that exist among the lattice cells, as columns; positions and sizes in µm."""
+    pleomorphism, chromatin = knobs
 
     def key(stream: str) -> int:
         return derive_key(seed, f"{kind.name}/{stream}")
@@ -102,15 +106,15 @@ def _nuclei_of(
         "short": kind.short_um * size / ratio,
         "angle": angle,
         "stain": kind.haematoxylin * (1 + stain_spread * bell(key("stain"), iy, ix)),
-        "grain": np.full(y.shape, 0.18 + 0.34 * pleomorphism if kind.name == "epithelial" else 0.2),
+        "grain": np.full(y.shape, 0.18 + 0.34 * chromatin if kind.name == "epithelial" else 0.2),
         "sheet": (uniform(key("sheet"), iy, ix) * 2**20).astype(np.int64),
     }
 
 
-def _nucleoli(nuclei: dict[str, np.ndarray], pleomorphism: float) -> dict[str, np.ndarray]:
+def _nucleoli(nuclei: dict[str, np.ndarray], chromatin: float) -> dict[str, np.ndarray]:
     """Return the nucleoli as small, dark, round nuclei inside some of the given ones."""
     luck = nuclei["sheet"] / 2**20
-    some = {name: column[luck < 0.1 + 0.5 * pleomorphism] for name, column in nuclei.items()}
+    some = {name: column[luck < 0.1 + 0.5 * chromatin] for name, column in nuclei.items()}
     radius = some["short"] * 0.27
     return some | {
         "y": some["y"] + 0.3 * some["short"] * np.sin(some["angle"] * 7),

@@ -44,14 +44,14 @@ def share(distance: np.ndarray, width: float) -> np.ndarray:
     return t * t * (3 - 2 * t)
 
 
-def build_fields(seed: int, architecture: float, first: tuple[int, int], shape: tuple[int, int]) -> TissueFields:
-    """Compute the fields of `shape` grid points from grid index `first` on."""
+def build_fields(seed: int, knobs: tuple[float, float], first: tuple[int, int], shape: tuple[int, int]) -> TissueFields:
+    """Compute the fields of `shape` grid points from grid index `first` on; knobs: architecture and lumina."""
     rows = np.arange(first[0], first[0] + shape[0])
     cols = np.arange(first[1], first[1] + shape[1])
     macro = _macro_on(seed, rows, cols)
     y = (rows * FIELD_UM)[:, None]
     x = (cols * FIELD_UM)[None, :]
-    ducts_um, lumen_um = _ducts(seed, architecture, y, x)
+    ducts_um, lumen_um = _ducts(seed, knobs, y, x)
     fat_share = share(macro["fat"] - 0.26, 0.05) * (1 - share(ducts_um + 15, 20.0))
     vacuole_um = _vacuoles(seed, y, x)
     epithelium = share(ducts_um, 5.0) * share(-lumen_um, 5.0)
@@ -96,13 +96,13 @@ def _blobs(seed: int, stream: str, y: np.ndarray, x: np.ndarray, wavelength: flo
     return coarse * 0.75 + value_noise(derive_key(seed, stream + "/2"), y, x, wavelength / 2.7) * 0.35
 
 
-def _ducts(seed: int, architecture: float, y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _ducts(seed: int, knobs: tuple[float, float], y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return signed distances (µm, positive inside) to epithelial structures and to their lumina.
 
-    architecture 0: round ducts with open lumina on an orderly lattice; 1: solid, ragged, merging nests. The
+    architecture 0: round ducts on an orderly lattice; 1: ragged, merging nests. lumina 0: open; 1: solid. The
     wall's area per duct is constant (outer² − lumen² = r²): the number of nuclei must not tell one from the other.
     """
-    bend = 8.0 + 50.0 * architecture
+    bend = 8.0 + 50.0 * knobs[0]
     # The long wave bends the lattice itself, so that not even orderly ducts stand in ranks.
     v = y + value_noise(derive_key(seed, "bend/y"), y, x, 90.0) * bend
     u = x + value_noise(derive_key(seed, "bend/x"), y, x, 90.0) * bend
@@ -111,7 +111,7 @@ def _ducts(seed: int, architecture: float, y: np.ndarray, x: np.ndarray) -> tupl
     base_y, base_x = np.floor(v / DUCT_CELL_UM).astype(np.int64), np.floor(u / DUCT_CELL_UM).astype(np.int64)
     rows = np.arange(base_y.min() - 1, base_y.max() + 2)
     cols = np.arange(base_x.min() - 1, base_x.max() + 2)
-    centre_y, centre_x, outer, lumen, turn, squeeze = _duct_table(seed, architecture, rows, cols)
+    centre_y, centre_x, outer, lumen, turn, squeeze = _duct_table(seed, knobs, rows, cols)
     width = len(cols)
     ducts = np.full(v.shape, -400.0, np.float32)
     lumina = ducts.copy()
@@ -127,8 +127,9 @@ def _ducts(seed: int, architecture: float, y: np.ndarray, x: np.ndarray) -> tupl
     return ducts, lumina
 
 
-def _duct_table(seed: int, architecture: float, rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, ...]:
+def _duct_table(seed: int, knobs: tuple[float, float], rows: np.ndarray, cols: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return the ducts of a range of lattice cells, raveled: centre y, x; outer, lumen radius; angle; squeeze."""
+    architecture, lumina = knobs
     iy, ix = np.broadcast_arrays(rows[:, None], cols[None, :])
     jitter = 0.3 + 0.4 * architecture
     shift = (iy % 2) * 0.5 - 0.25
@@ -136,7 +137,7 @@ def _duct_table(seed: int, architecture: float, rows: np.ndarray, cols: np.ndarr
     centre_x = (ix + 0.5 + shift + (uniform(derive_key(seed, "duct/x"), iy, ix) - 0.5) * jitter) * DUCT_CELL_UM
     spread = 0.10 + 0.16 * architecture
     radius = 78.0 * (1 + spread * bell(derive_key(seed, "duct/r"), iy, ix)) / np.sqrt(1 + spread**2)
-    open_share = (1 - architecture) * (0.45 + 0.25 * uniform(derive_key(seed, "duct/open"), iy, ix))
+    open_share = (1 - lumina) * (0.45 + 0.25 * uniform(derive_key(seed, "duct/open"), iy, ix))
     outer = radius / np.sqrt(1 - open_share**2)
     lumen = np.where(open_share * outer > 9, open_share * outer, -400.0)
     tumour = _blobs(seed, "tumour", centre_y, centre_x, 1500.0)

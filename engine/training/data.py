@@ -81,12 +81,6 @@ def region_seeds(data: DataSettings) -> tuple[list[int], list[int]]:
     return list(range(data.train_regions)), list(range(HELDOUT_SEED, HELDOUT_SEED + data.heldout_regions))
 
 
-def phantom_of(seed: int) -> Phantom:
-    """Return a region's phantom; its knobs are drawn from the seed, so that all of their range occurs."""
-    rng = np.random.default_rng(np.random.SeedSequence((seed, 77)))
-    return Phantom(seed=seed, pleomorphism=float(rng.uniform()), architecture=float(rng.uniform()))
-
-
 def box_average(pixels: np.ndarray, factor: int) -> np.ndarray:
     """Return uint8 (h, w, 3) reduced by an integer factor: the rounded mean of each square."""
     h, w, c = pixels.shape
@@ -99,7 +93,7 @@ def render_region(folder: Path, seed: int, cells: int, scale: MagnificationScale
     """Render one region at the base magnification and write it at every magnification; skip what exists."""
     if all((folder / f"{name}.npy").exists() for name in scale.names):
         return
-    phantom, side = phantom_of(seed), cells * TILE_PX
+    phantom, side = Phantom.varied(seed), cells * TILE_PX
     base = np.empty((side, side, 3), np.uint8)
     for y in range(0, side, _BLOCK_PX):
         for x in range(0, side, _BLOCK_PX):

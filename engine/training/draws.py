@@ -106,6 +106,7 @@ class DenoiserPart:
     """What one worker computes at once; B samples of a step."""
 
     samples: Sequence[Sample]
+    step: int
     x0: Tensor
     noise: Tensor
     cells: list[Tensor]
@@ -126,7 +127,7 @@ class DenoiserPart:
     def pinned(self) -> "DenoiserPart":
         """Return it in page-locked memory, from which copies to a GPU do not wait."""
         cells = [cell.pin_memory() for cell in self.cells]
-        return DenoiserPart(self.samples, self.x0.pin_memory(), self.noise.pin_memory(), cells)
+        return DenoiserPart(self.samples, self.step, self.x0.pin_memory(), self.noise.pin_memory(), cells)
 
 
 def read_part(
@@ -143,7 +144,7 @@ def read_part(
         latents.append(torch.from_numpy(latent))
         rng = np.random.default_rng(np.random.SeedSequence((key[0], NOISE, key[1], sample.number)))
         noise.append(torch.from_numpy(rng.standard_normal(latent.shape, dtype=np.float32)))
-    return DenoiserPart(list(samples), torch.stack(latents), torch.stack(noise), cells)
+    return DenoiserPart(list(samples), key[1], torch.stack(latents), torch.stack(noise), cells)
 
 
 def ahead(load: Callable[[int], T], numbers: Iterable[int], threads: int) -> Generator[T, None, None]:

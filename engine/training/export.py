@@ -1,4 +1,4 @@
-"""What a training run leaves for users: the model folder and a condition to ask it for.
+"""What the demo's training leaves: the model folder, a condition to ask it for, a picture of its reconstructions.
 
 It does not know training. The reference is the SSL grid of a held-out region and the region's look.
 """
@@ -15,7 +15,7 @@ from engine.model.colour import LinearColour, ThumbnailProbe
 from engine.model.demo_encoder import DemoEncoder
 from engine.model.zoomldm import ZoomLDM
 from engine.training.checkpointing import save_json, write_atomically
-from engine.training.data import Regions, Tile
+from engine.training.data import Regions, Tile, as_images, as_pictures
 
 
 def write_model(model: ZoomLDM, encoder: DemoEncoder, heldout: Regions, out: Path, figures: dict[str, object]) -> None:
@@ -44,6 +44,14 @@ def fit_colour_maps(model: ZoomLDM, latents: np.ndarray) -> None:
     model.extras["guidance/linear"] = LinearColour.fit(codes, images).tensors()
     with torch.enable_grad():
         model.extras["guidance/probe"] = ThumbnailProbe.fit(codes, images).tensors()
+
+
+@torch.no_grad()
+def save_reconstructions(path: Path, model: ZoomLDM, pictures: list[np.ndarray]) -> None:
+    """Write pictures uint8 (256, 256, 3) above what the autoencoder makes of them."""
+    made = as_pictures(model.decode(model.encode(as_images(pictures).to(model.device))))
+    sheet = np.concatenate([np.concatenate(pictures, axis=1), np.concatenate(list(made), axis=1)])
+    write_atomically(path, lambda partial: Image.fromarray(sheet).save(partial, format="PNG"))
 
 
 def save_reference(heldout: Regions, folder: Path) -> None:

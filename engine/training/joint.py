@@ -5,7 +5,8 @@ Source: ZoomLDM (CVPR 2025); Large-Image-Diffusion (CVPR 2024) for one token.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,23 @@ from engine.model.ldm_export import ldm_config, write_ldm
 from engine.model.summarizer import GRID_SIDE
 from engine.model.zoomldm import ZoomLDM, autoencoder_digest
 from engine.prepared import PreparedSet
-from engine.training.denoiser import DenoiserNetworks, squared_errors, wanted_output
+from engine.training.denoiser import (
+    DenoiserNetworks,
+    noise_shares,
+    noisy_latents,
+    squared_errors,
+    wanted_output,
+)
 from engine.training.draws import DenoiserPart, PatchSource, Sample, draw_samples, read_part
 from engine.training.gradients import Group
+from engine.training.heldout import eps_errors, save_samples
+from engine.training.initial import start_with_places
 from engine.training.initial_parts import load_part
 from engine.training.joint_settings import JointConfig, LearningConfig, NetworkSettings
 from engine.training.journal import band_names, band_of
 from engine.training.learning import ALONE, DTYPES, Learning, begin, choose_device, keys_of, need_checkpoint
-from engine.training.loop import Optimisation
+from engine.training.loop import Optimisation, TrainingError
+from engine.training.places import AttentionWatch, look_up_losses, look_up_share
 
 STEM = "denoiser"
 
@@ -100,11 +110,12 @@ class DenoiserLesson:
         self.model = build_model(config)
         self.source = open_source(data, self.model.config)
         data.require(autoencoder_digest=autoencoder_digest(self.model))
+        self.heldout = self._open_heldout()
         self.chances = self.source.weights(config.train.magnification_weights)
         self.counts = [self.source.count(level) for level in range(len(self.chances))]
         self.keys = keys_of(
             config.train, seed=config.seed, precision=config.precision, initial=asdict(config.initial),
-            model=self.model.config.to_json(), data=data.digest,
+            places=asdict(config.places), model=self.model.config.to_json(), data=data.digest,
         )  # fmt: skip
         self.sets: dict[str, Sequence[str]] = {"loss_at": self.source.names, "loss_t": band_names()}
         self.model.requires_grad_(True).vae.requires_grad_(False)
@@ -112,7 +123,35 @@ class DenoiserLesson:
         self.model.unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if config.train.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
-        self.alpha_bar = self.model.alphas_cumprod.float().to(self.device)
+        self.alphas_cumprod = self.model.alphas_cumprod.to(self.device)
+        self.watch = self._begin_with_places() if config.places.token_steps else None
+
+    def _open_heldout(self) -> PatchSource | None:
+        """Raises: PreparedMismatchError or TrainingError for a set that cannot be measured on."""
+        folder = self.config.heldout.data
+        if folder is None:
+            return None
+        data = PreparedSet(folder)
+        data.require(autoencoder_digest=autoencoder_digest(self.model))
+        if data.digest == self.source.data.digest:
+            raise TrainingError(
+                f"heldout.data must hold other slides than data; {folder} holds the same. Prepare a set of its own."
+            )
+        return open_source(data, self.model.config)
+
+    def _begin_with_places(self) -> AttentionWatch:
+        """Teach the networks where cells lie, and return what hears their attention while that is kept up."""
+        places = self.config.places
+        even = replace(self.config.train, batch_size=places.batch_size, drop_condition=0.0)
+        chances = self.source.weights(())
+
+        def patches(seed: int, step: int) -> DenoiserPart:
+            samples = draw_samples(chances, self.counts, even, (seed, step))
+            return read_part(self.source, samples, (seed, step), self.networks.conditioner.prepare)
+
+        kept = Path(self.config.run) / "places.pt"
+        start_with_places(self.model, patches, places, self.config.seed, kept, DTYPES[self.config.precision])
+        return AttentionWatch(self.model.unet)
 
     def draw(self, step: int) -> list[Sample]:
         return draw_samples(self.chances, self.counts, self.config.train, (self.config.seed, step))
@@ -122,15 +161,18 @@ class DenoiserLesson:
 
     def losses(self, call: Callable[..., Any], part: DenoiserPart) -> tuple[Tensor, dict[str, list[int]]]:
         x0, noise, times = (v.to(self.device, non_blocking=True) for v in (part.x0, part.noise, part.times))
-        alpha_bar = self.alpha_bar[times][:, None, None, None]
-        shares = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        x_t = (shares[0] * x0 + shares[1] * noise).contiguous(memory_format=torch.channels_last)
+        shares = noise_shares(self.alphas_cumprod, times)
+        x_t = noisy_latents(shares, x0, noise)
         cells = [cell.to(self.device, non_blocking=True) for cell in part.cells]
-        dtype = DTYPES[self.config.precision]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
-            output = call(x_t, times, cells, part.levels, part.dropped.to(self.device))
+        dropped, dtype = part.dropped.to(self.device), DTYPES[self.config.precision]
+        weight = look_up_share(self.config.places, part.step) if self.watch else 0.0
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32), ExitStack() as stack:
+            heard = stack.enter_context(self.watch.listening()) if self.watch and weight else None
+            output = call(x_t, times, cells, part.levels, dropped)
         wanted = wanted_output(self.model.config.prediction_type, shares, x0, noise)
         losses = squared_errors(output.float() - wanted, self.config.train.coarse_weights)
+        if heard is not None:
+            losses = losses + weight * look_up_losses(heard, cells, dropped)
         return losses, {"loss_at": part.levels, "loss_t": [band_of(sample.time) for sample in part.samples]}
 
     def name(self, sample: Sample) -> str:
@@ -142,7 +184,18 @@ class DenoiserLesson:
         if output.ldm is not None:
             raw = {n.removeprefix("unet."): v for n, v in run.average.values.items() if n.startswith("unet.")}
             write_ldm(Path(output.ldm), self.model.as_weights(), raw, self.config.train.ema, run.step)
-        return {"patches": dict(zip(self.source.names, self.counts, strict=True))}
+        return {"patches": dict(zip(self.source.names, self.counts, strict=True)), **self._measure()}
+
+    def _measure(self) -> dict[str, Any]:
+        """Measure the networks as they are on the held-out set, if there is one, and show samples of it."""
+        settings, dtype = self.config.heldout, DTYPES[self.config.precision]
+        if self.heldout is None:
+            return {}
+        with torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32):
+            errors = eps_errors(self.model, self.heldout, settings.patches)
+            if settings.samples:
+                save_samples(Path(self.config.run) / "samples.png", self.model, self.heldout, settings)
+        return {"heldout_eps_mse": errors}
 
 
 def train(config: JointConfig, group: Group = ALONE) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from engine.magnification import BRCA_SCALE
-from engine.training.settings import OptimiserSettings, require
+from engine.training.settings import OptimiserSettings, PlaceSettings, require
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -161,6 +161,25 @@ class WorkerSettings:
 
 
 @dataclass(frozen=True)
+class HeldoutSettings:
+    """Patches that are measured on, and never learned from."""
+
+    data: str | None = None
+    """Folder of another prepared set, of other slides; None measures nothing."""
+    patches: int = 24
+    """Most patches per magnification."""
+    samples: int = 4
+    """Of these, how many are sampled and shown beside the real ones in RUN/samples.png; 0 for no picture."""
+    stride: int = 50
+    """Timesteps between two steps of these samples; 50 gives 20 steps."""
+
+    def __post_init__(self) -> None:
+        require(self.patches >= 1, "heldout.patches must be at least 1", self.patches)
+        require(0 <= self.samples <= self.patches, "heldout.samples must lie in 0..heldout.patches", self.samples)
+        require(1 <= self.stride <= 1000, "heldout.stride must lie in 1..1000", self.stride)
+
+
+@dataclass(frozen=True)
 class LearningConfig:
     """What every training on a prepared set reads."""
 
@@ -207,8 +226,12 @@ class JointConfig(LearningConfig):
 
     task: Literal["denoiser"] = "denoiser"
     """What is trained."""
+    places: PlaceSettings = field(default_factory=PlaceSettings)
+    """What is learned before."""
     train: JointSettings = field(default_factory=JointSettings)
     """How."""
+    heldout: HeldoutSettings = field(default_factory=HeldoutSettings)
+    """What the averaged weights are measured on when they are written."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -107,7 +107,7 @@ class Pathway:
             layer.weight[inner], layer.bias[inner] = 0, 0
 
     def learn(
-        self, noisy: NoisyLatents, context: Tensor, steps: int, bfloat16: bool, lr: float = 1e-2
+        self, noisy: NoisyLatents, context: Tensor, steps: int, dtype: torch.dtype, lr: float = 1e-2
     ) -> dict[str, nn.Linear]:
         """Train the path until the look-up sites can read their pixels' places from it; return the readers.
 
@@ -127,7 +127,7 @@ class Pathway:
 
         def loss_of(step: int) -> Tensor:
             x_t, times = noisy(step)
-            with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bfloat16):
+            with torch.autocast(x_t.device.type, dtype, enabled=dtype is not torch.float32):
                 self.unet(x_t, times, encoder_hidden_states=context, return_dict=False)
             total = context.new_zeros(())
             for name, hidden in got.items():

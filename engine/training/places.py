@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from engine.model.summarizer import CELL_TOKENS, GRID_SIDE, Summarizer
+from engine.training.settings import PlaceSettings
 
 _FREQUENCIES = 2
 CODE_DIM = 4 * _FREQUENCIES
@@ -174,15 +175,20 @@ class _WatchedAttention:
         return attn.to_out[1](attn.to_out[0](mixed))
 
 
-def look_up_loss(heard: list[Tensor], grids: list[Tensor], dropped: Tensor) -> Tensor:
-    """Return the mean cross-entropy between a pixel's attention and its own cell; dropped conditions count zero."""
-    total = heard[0].new_zeros(())
+def look_up_losses(heard: list[Tensor], grids: list[Tensor], dropped: Tensor) -> Tensor:
+    """Return each sample's cross-entropy `(B,)` between a pixel's attention and its own cell; 0 where dropped."""
+    total = heard[0].new_zeros(len(grids))
     for logits in heard:
         side = round(logits.shape[1] ** 0.5)
         wanted = torch.stack([_own_tokens(*cell_shape(grid), side) for grid in grids]).to(logits.device)
         entropy = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view(wanted.shape)
-        total = total + (entropy.mean(dim=1) * ~dropped).mean()
+        total = total + entropy.mean(dim=1) * ~dropped
     return total / len(heard)
+
+
+def look_up_share(settings: PlaceSettings, step: int) -> float:
+    """Return the weight of the look-up loss at a step."""
+    return settings.look_up_weight * max(0.0, 1 - step / max(1, settings.look_up_steps))
 
 
 def _own_tokens(h: int, w: int, side: int) -> Tensor:

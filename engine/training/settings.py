@@ -1,4 +1,4 @@
-"""Settings of the trainer: one frozen dataclass per YAML section, valid by construction.
+"""Settings that trainers share, and those of the demo model: one frozen dataclass per YAML section, valid when built.
 
 It knows ranges and units, not models or files. Keys map 1:1 to fields and to command-line flags.
 """
@@ -122,34 +122,18 @@ class AutoencoderSettings:
 
 
 @dataclass(frozen=True)
-class DenoiserSettings(OptimiserSettings):
-    """U-Net and Summarizer together."""
-
-    magnification_weights: tuple[float, ...] = (0.45, 0.10, 0.15, 0.10, 0.20)
-    """Share of each magnification in a batch, base first."""
-    drop_condition: float = 0.1
-    """Probability that a sample is trained without its condition."""
-    coarse_weights: tuple[float, ...] = (1.0, 1.0)
-    """Extra weights of the error averaged over 8×8 and over 64×64 latent px."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(sum(self.magnification_weights) > 0 and min(self.magnification_weights) >= 0,
-                 "train.magnification_weights must be positive", self.magnification_weights)  # fmt: skip
-        require(0 <= self.drop_condition <= 1, "train.drop_condition must lie in 0..1", self.drop_condition)
-        require(len(self.coarse_weights) == 2, "train.coarse_weights must be two numbers", self.coarse_weights)
-
-
-@dataclass(frozen=True)
 class PlaceSettings:
-    """What fresh networks learn about the places of cells before they denoise; off for an initial model."""
+    """What fresh networks learn about the places of cells before they denoise; off unless asked for.
 
-    token_steps: int = 300
-    """Steps in which the Summarizer learns to tell place and content of its cells; 0 with path_steps 0 = off."""
-    path_steps: int = 250
-    """Steps in which the U-Net learns to tell where its pixels lie."""
+    For small networks with a Summarizer, attention with one head and no model to start from.
+    """
+
+    token_steps: int = 0
+    """Steps in which the Summarizer learns to tell place and content of its cells; 300 for the demo."""
+    path_steps: int = 0
+    """Steps in which the U-Net learns to tell where its pixels lie; 250 for the demo."""
     batch_size: int = 24
-    """Grids per step of the Summarizer; the U-Net takes two tiles of them."""
+    """Grids per step of the Summarizer; the U-Net takes two of their patches."""
     look_up_weight: float = 0.1
     """Weight of the cross-entropy between attention and a pixel's own cell, at the start of denoising."""
     look_up_steps: int = 2000
@@ -165,20 +149,17 @@ class PlaceSettings:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
-    """Everything the demo's trainer reads; the resolved form is written into the run folder and training.json."""
+class DemoConfig:
+    """What the demo model is before its denoiser is trained; the resolved form is written into training.json."""
 
     task: Literal["demo"] = "demo"
     """What is trained."""
-    run: str = "runs/train"
+    run: str = "runs/train_demo"
     """Folder of this run: rendered regions, checkpoints, log, pictures. The same folder continues."""
-    out: str = "runs/train/model"
-    """Folder the model is written to."""
-    initial: str | None = None
-    """A model to go on from, a folder or Hub id: its autoencoder is kept, because U-Net and latents belong together;
-    U-Net and Summarizer are trained on. None = random weights."""
+    out: str = "runs/train_demo/model"
+    """Folder the model is written to, with a U-Net and a Summarizer that know nothing yet."""
     seed: int = 0
-    """Seed of initial weights, data order, timesteps and noise."""
+    """Seed of initial weights and data order."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the networks compute."""
     bfloat16: bool = True
@@ -187,32 +168,21 @@ class TrainingConfig:
     """CPU threads."""
     checkpoint_s: float = 120.0
     """Seconds between two checkpoints."""
-    picture_s: float = 600.0
-    """Seconds between two pictures of samples, each with an export of the averaged weights; 0 = only at the end."""
-    picture_stride: int = 50
-    """Timesteps between two steps of a picture's samples; 50 gives 20 steps."""
     model: ModelSettings = field(default_factory=ModelSettings)
     """Sizes of the networks."""
     data: DataSettings = field(default_factory=DataSettings)
     """Phantoms and tiles."""
     autoencoder: AutoencoderSettings = field(default_factory=AutoencoderSettings)
-    """First stage."""
-    places: PlaceSettings = field(default_factory=PlaceSettings)
-    """Before the second stage."""
-    train: DenoiserSettings = field(default_factory=DenoiserSettings)
-    """Second stage."""
+    """What is trained here."""
 
     def __post_init__(self) -> None:
         per_magnification = {
             "data.train_tiles": self.data.train_tiles,
             "autoencoder.plain_shares": self.autoencoder.plain_shares,
             "autoencoder.quantised_shares": self.autoencoder.quantised_shares,
-            "train.magnification_weights": self.train.magnification_weights,
         }
         lengths = {name: len(values) for name, values in per_magnification.items()}
         require(len(set(lengths.values())) == 1, "one number per magnification is needed in each list", lengths)
         require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
         require(self.threads >= 1, "threads must be at least 1", self.threads)
         require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
-        require(1 <= self.picture_stride <= 1000, "picture_stride must lie in 1..1000", self.picture_stride)
-        require(self.picture_s >= 0, "picture_s must be 0 or more", self.picture_s)

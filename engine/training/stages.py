@@ -1,7 +1,7 @@
-"""The order of a training run: regions, autoencoder, SSL encoder, latents, denoiser, export.
+"""The demo model's autoencoder, stage by stage, and what the model is built as.
 
 Invariant: every stage leaves a file when it is done and is skipped when that file exists, so the same command
-continues a killed run. It does not know command lines. Source: ZoomLDM (CVPR 2025) for the order of the stages.
+continues a killed run. It does not know command lines.
 """
 
 import json
@@ -18,9 +18,9 @@ from engine.model.zoomldm import ZoomLDM
 from engine.training import autoencoder as ae
 from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json
 from engine.training.data import Regions, Tile
-from engine.training.initial import start_at_zero, start_from_model
+from engine.training.initial import start_at_zero
 from engine.training.loop import Optimisation, step_rng
-from engine.training.settings import ModelSettings, OptimiserSettings, TrainingConfig
+from engine.training.settings import DemoConfig, ModelSettings, OptimiserSettings
 
 log = logging.getLogger(__name__)
 
@@ -53,25 +53,20 @@ def model_config(settings: ModelSettings) -> ModelConfig:
     )
 
 
-def build_model(config: TrainingConfig) -> ZoomLDM:
+def build_model(config: DemoConfig) -> ZoomLDM:
     """Return the model with the initial weights of the seed."""
     torch.manual_seed(config.seed)
     model = ZoomLDM(model_config(config.model))
     start_at_zero(model.unet.conv_out)
-    if config.initial is not None:
-        start_from_model(model, config.initial)
     return model.to(config.device)
 
 
-def train_autoencoder(model: ZoomLDM, train: Regions, config: TrainingConfig) -> None:
-    """Train both stages of the autoencoder, load the finished one, or keep that of the initial model."""
+def train_autoencoder(model: ZoomLDM, train: Regions, config: DemoConfig) -> None:
+    """Train both stages of the autoencoder, or load the finished one."""
     run, vae, settings = Path(config.run), model.vae, config.autoencoder
     finished = run / "autoencoder.pt"
     if finished.exists():
         vae.load_state_dict(load_checkpoint(finished)["vae"])
-        return
-    if config.initial is not None:
-        save_checkpoint(finished, {"vae": vae.state_dict()})
         return
     crops = ae.Crops(train, settings.crop_px, config.seed)
 
@@ -102,14 +97,14 @@ def train_autoencoder(model: ZoomLDM, train: Regions, config: TrainingConfig) ->
     save_checkpoint(finished, {"vae": vae.state_dict()})
 
 
-def _optimise(module: nn.Module, settings: OptimiserSettings, path: Path, config: TrainingConfig, loss) -> None:
+def _optimise(module: nn.Module, settings: OptimiserSettings, path: Path, config: DemoConfig, loss) -> None:
     """Run a stage and leave the averaged weights in the module."""
     optimisation = Optimisation(module, settings, path, config.checkpoint_s)
     optimisation.run(loss)
     optimisation.average.exchange(module)
 
 
-def fit_codebook(model: ZoomLDM, train: Regions, config: TrainingConfig) -> None:
+def fit_codebook(model: ZoomLDM, train: Regions, config: DemoConfig) -> None:
     """Standardise the latents over training tiles and set the codes to k-means of them."""
     latents = []
     for level, count in enumerate(config.data.train_tiles):
@@ -126,12 +121,12 @@ def fit_codebook(model: ZoomLDM, train: Regions, config: TrainingConfig) -> None
         model.vae.quantize.embedding.weight.copy_(codes)
 
 
-def heldout_tiles(heldout: Regions, config: TrainingConfig) -> list[list[Tile]]:
+def heldout_tiles(heldout: Regions, config: DemoConfig) -> list[list[Tile]]:
     """Return the tiles that figures and pictures are made of, per magnification."""
     return [heldout.tiles(level, config.data.heldout_tiles, config.seed) for level in range(len(DEMO_SCALE.names))]
 
 
-def measure_autoencoder(model: ZoomLDM, heldout: Regions, config: TrainingConfig) -> dict[str, float]:
+def measure_autoencoder(model: ZoomLDM, heldout: Regions, config: DemoConfig) -> dict[str, float]:
     """Return the held-out PSNR in dB per magnification; measured once, kept in the run folder."""
     path, weights = Path(config.run) / "psnr.json", Path(config.run) / "autoencoder.pt"
     if path.exists() and path.stat().st_mtime_ns > weights.stat().st_mtime_ns:

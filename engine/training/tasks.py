@@ -13,7 +13,7 @@ from engine.training.gradients import Group
 from engine.training.joint_settings import JointConfig
 from engine.training.learning import ALONE
 from engine.training.run import train
-from engine.training.settings import TrainingConfig
+from engine.training.settings import DemoConfig
 from engine.training.vq_settings import VQConfig
 
 PreparedConfig = JointConfig | VQConfig
@@ -31,7 +31,7 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "demo": Task(TrainingConfig, train),
+    "demo": Task(DemoConfig, train),
     "cdm": Task(CDMTrainingConfig, train_cdm),
     "denoiser": Task(JointConfig, joint.train, joint.export),
     "autoencoder": Task(VQConfig, vq.train, vq.export),

@@ -13,7 +13,8 @@ from written_slides import box, tissue, write_tiff
 
 from actors.slide_pipeline import work_on_ray
 from engine.config import RayConfig
-from engine.model.demo_encoder import RAW_DIM, DemoEncoder
+from engine.model.demo_encoder import DemoEncoder
+from engine.model.texture_encoder import RAW_DIM
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.preparation import Engage, prepare
 from engine.preparation_blocks import PrepareStages

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from engine.errors import CheckpointError
 from engine.model import encoders
-from engine.model.demo_encoder import RAW_DIM, SQUASH, DemoEncoder, _derivative_filters, raw_features
+from engine.model.demo_encoder import SQUASH, DemoEncoder
 from engine.model.encoders import EMBEDDED, ENCODERS, SSLEncoder, load_encoder
 from engine.model.ssl_encoder import digest_of
+from engine.model.texture_encoder import RAW_DIM, TextureEncoder, derivative_filters, raw_features
 from engine.model.vit_encoder import DINOV2_REG_L, PHIKON, UNI, build_vit, load_vit, load_weights, normalise
 from engine.slides.phantom import Phantom
 
@@ -117,9 +118,20 @@ def waves() -> Tensor:
 
 def test_raw_features_stay_what_stored_encoders_were_fitted_on() -> None:
     # A stored mean and projection mean nothing to other filters: a change here needs every demo model fitted anew.
-    raw = raw_features(waves(), _derivative_filters())[0]
+    raw = raw_features(waves(), derivative_filters())[0]
     assert raw.shape == (RAW_DIM,)
     torch.testing.assert_close(raw[::7], torch.tensor(RAW_OF_WAVES), rtol=0, atol=2e-4)
+
+
+def test_texture_is_the_raw_features_by_name_and_needs_no_file() -> None:
+    texture = load_encoder("texture")
+    assert isinstance(texture, TextureEncoder)
+    cells = torch.cat([waves(), waves().flip(3)])
+    assert torch.equal(texture.encode(cells)[:1], raw_features(waves(), derivative_filters()))
+    assert texture.encode(cells).shape == (2, texture.dim)
+    assert texture.digest == TextureEncoder().digest
+    with pytest.raises(ValueError, match="uint8"):
+        texture.encode(cells.float())
 
 
 def test_demo_damps_what_hardly_varies() -> None:
@@ -414,4 +426,4 @@ def test_weights_come_from_the_hub_otherwise(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_nothing_needs_timm_or_torchvision() -> None:
     assert not {"timm", "torchvision"} & set(sys.modules)
-    assert ENCODERS == ("demo", "uni", "dinov2-reg-l", "phikon")
+    assert ENCODERS == ("demo", "texture", "uni", "dinov2-reg-l", "phikon")

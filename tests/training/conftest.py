@@ -7,7 +7,6 @@ import pytest
 
 from engine.magnification import MagnificationScale
 from engine.training.data import Regions, box_average
-from engine.training.denoiser import LatentTiles
 
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 CELLS, SSL_DIM = 8, 16
@@ -29,12 +28,3 @@ def regions(tmp_path_factory: pytest.TempPathFactory) -> Regions:
     found = Regions(folders, SCALE, CELLS)
     found.load_ssl()
     return found
-
-
-@pytest.fixture(scope="session")
-def latent_tiles(regions: Regions) -> LatentTiles:
-    """Two tiles per magnification with random latents."""
-    rng = np.random.default_rng(1)
-    tiles = [regions.tiles(level, 2, seed=0) for level in range(len(SCALE.names))]
-    latents = [rng.standard_normal((2, 3, 64, 64)).astype(np.float16) for _ in tiles]
-    return LatentTiles(regions, latents, tiles)

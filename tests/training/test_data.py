@@ -8,7 +8,7 @@ import pytest
 from engine.arguments import parse
 from engine.magnification import MagnificationScale
 from engine.training.data import HELDOUT_SEED, Regions, Tile, as_images, as_pictures, region_seeds, render_region
-from engine.training.settings import DataSettings, TrainingConfig
+from engine.training.settings import DataSettings, DemoConfig
 
 
 def test_a_tile_is_the_box_average_of_its_cells(regions: Regions) -> None:
@@ -54,13 +54,13 @@ def test_pixels_survive_the_way_through_floats() -> None:
 
 def test_lists_of_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match=r"data\.train_tiles': 2"):
-        TrainingConfig(data=DataSettings(train_tiles=(1, 1)))
+        DemoConfig(data=DataSettings(train_tiles=(1, 1)))
 
 
 def test_the_demo_configuration_is_read_and_unknown_keys_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    config = parse(["--config", "configs/train_demo.yaml", "--train.steps", "100"], TrainingConfig, "train", "")
-    assert config.train.steps == 100
-    assert config.out == "engine/model/demo"
+    config = parse(["--config", "configs/train_demo.yaml", "--autoencoder.plain.steps", "100"], DemoConfig, "train", "")
+    assert config.autoencoder.plain.steps == 100
+    assert config.out == "runs/train_demo/model"
     with pytest.raises(SystemExit):
-        parse(["--config", "configs/train_demo.yaml", "--train.stepps", "100"], TrainingConfig, "train", "")
+        parse(["--config", "configs/train_demo.yaml", "--autoencoder.plain.stepps", "100"], DemoConfig, "train", "")
     assert "stepps" in capsys.readouterr().err

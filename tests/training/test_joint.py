@@ -163,6 +163,8 @@ def test_draws_follow_the_weights_and_not_the_numbers_of_patches(root: Path) -> 
     shares = np.bincount([sample.level for sample in drawn], minlength=4) / len(drawn)
     assert shares == pytest.approx([0, 0.25, 0, 0.75], abs=0.03)
     assert np.mean([sample.dropped for sample in drawn]) == pytest.approx(0.1, abs=0.02)
+    strata = [sorted(s.time for s in one.draw(step)) for step in range(40)]
+    assert all(abs(time - (number + 0.5) * 1000 / 64) <= 9 for times in strata for number, time in enumerate(times))
     assert one.draw(3) == one.draw(3)
     assert one.draw(3) != one.draw(4)
 

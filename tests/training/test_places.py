@@ -1,27 +1,33 @@
 """Positions: codes that look each other up, a path that content cannot touch, an attention that finds its cell."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from known_run import NETWORKS, write_autoencoder, write_data
+from known_run import tiny_config as tiny_training
 from torch import Tensor
 
 from engine.model.summarizer import Summarizer
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.training.denoiser import LatentTiles, denoiser_loss, draw_batch, guided_loss, look_up_share
-from engine.training.initial import start_with_places
+from engine.training.joint import DenoiserLesson
+from engine.training.joint_settings import JointConfig
 from engine.training.pathway import Pathway
 from engine.training.places import (
     AttentionWatch,
     cell_shape,
     first_token,
-    look_up_loss,
+    look_up_losses,
+    look_up_share,
     place_codes,
     seat_cells,
 )
-from engine.training.settings import AutoencoderSettings, DataSettings, DenoiserSettings, PlaceSettings, TrainingConfig
+from engine.training.settings import PlaceSettings
 
-SETTINGS = DenoiserSettings(batch_size=4, magnification_weights=(0.25, 0.25, 0.25, 0.25), drop_condition=0.25)
+SEVERAL = replace(NETWORKS, unet_channels=(32, 64), groups=8)
+"""A path for places needs more than one channel per group."""
+PLACES = PlaceSettings(token_steps=120, path_steps=60, batch_size=8, look_up_weight=0.5, look_up_steps=10)
 
 
 def tiny_model() -> ZoomLDM:
@@ -77,56 +83,58 @@ def test_the_path_does_not_depend_on_content_time_or_condition() -> None:
     assert float(down_a[:, own].std(dim=(2, 3)).min()) > 0, "the path must vary over positions"
 
 
-def test_attention_finds_its_own_cell_after_the_start(latent_tiles: LatentTiles, tmp_path: Path) -> None:
-    model = tiny_model()
-    four = (0.25,) * 4
-    config = TrainingConfig(
-        run=str(tmp_path),
-        bfloat16=False,
-        data=DataSettings(train_tiles=(1, 1, 1, 1)),
-        autoencoder=AutoencoderSettings(plain_shares=four, quantised_shares=four),
-        places=PlaceSettings(token_steps=120, path_steps=60, batch_size=8),
-        train=SETTINGS,
-    )
-    watch = AttentionWatch(model.unet)
-    batch = draw_batch(latent_tiles, SETTINGS, 0, 3, "cpu")
-    batch.dropped[:] = False
+@pytest.fixture
+def config(tmp_path: Path) -> JointConfig:
+    write_data(tmp_path / "data", write_autoencoder(tmp_path / "vae", SEVERAL))
+    return tiny_training(tmp_path, model=SEVERAL)
 
-    def entropy() -> float:
+
+def test_attention_finds_its_own_cell_after_the_start(config: JointConfig) -> None:
+    fresh, taught = DenoiserLesson(config), DenoiserLesson(replace(config, places=PLACES))
+    samples = [sample._replace(dropped=False) for step in range(3) for sample in fresh.draw(step)]
+    part = fresh.read(samples, 0)
+
+    def entropy(model: ZoomLDM) -> float:
+        watch = AttentionWatch(model.unet)
         with torch.no_grad(), watch.listening() as heard:
-            denoiser_loss(model, batch, SETTINGS, bfloat16=False)
-        return float(look_up_loss(heard, batch.grids, batch.dropped))
+            model.unet(part.x0, part.times, encoder_hidden_states=model.conditioner(part.cells, part.levels))
+        return float(look_up_losses(heard, part.cells, part.dropped).mean())
 
-    before = entropy()
-    start_with_places(model, latent_tiles, config)
-    after = entropy()
-    assert after < before - 0.2, (before, after)  # four channels at 32×32 px know their place only near the border
-    again = tiny_model()
-    start_with_places(again, latent_tiles, config)
-    assert all(torch.equal(a, b) for a, b in zip(model.unet.parameters(), again.unet.parameters(), strict=True))
-
-
-def test_a_watched_attention_computes_what_the_plain_one_does(latent_tiles: LatentTiles) -> None:
-    batch = draw_batch(latent_tiles, SETTINGS, 0, 0, "cpu")
-    plain, watched = tiny_model(), tiny_model()
-    watch = AttentionWatch(watched.unet)
-    expected, _ = denoiser_loss(plain, batch, SETTINGS, bfloat16=False)
-    got, figures = guided_loss(watched, batch, SETTINGS, False, watch, weight=0.0)
-    assert float(got.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    assert "look_up" not in figures
-    heavier, figures = guided_loss(watched, batch, SETTINGS, False, watch, weight=0.5)
-    assert float(heavier.detach()) == pytest.approx(float(expected.detach()) + 0.5 * figures["look_up"], rel=1e-4)
+    assert entropy(taught.model) < entropy(fresh.model) - 0.2
+    kept = DenoiserLesson(replace(config, places=PLACES))  # read from RUN/places.pt
+    assert all(torch.equal(a, b) for a, b in zip(taught.networks.parameters(), kept.networks.parameters(), strict=True))
+    (Path(config.run) / "places.pt").unlink()
+    again = DenoiserLesson(replace(config, places=PLACES))
+    assert all(
+        torch.equal(a, b) for a, b in zip(taught.networks.parameters(), again.networks.parameters(), strict=True)
+    )
 
 
-def test_look_up_loss_counts_the_own_cell_and_no_dropped_condition() -> None:
+def test_the_look_up_counts_at_first_and_not_in_the_end(config: JointConfig) -> None:
+    """The loss of a step is the plain one plus the look-up's at its falling weight."""
+    lesson = DenoiserLesson(replace(config, places=replace(PLACES, token_steps=1, path_steps=1)))
+
+    def loss(step: int) -> float:
+        part = replace(lesson.read(lesson.draw(0), 0), step=step)
+        return float(lesson.losses(lesson.networks, part)[0].mean().detach())
+
+    first, half, none = loss(0), loss(5), loss(10)
+    assert first - none == pytest.approx(2 * (half - none), rel=1e-3)
+    assert first > none + 0.1
+    assert loss(500) == none
+
+
+def test_look_up_losses_count_the_own_cell_and_no_dropped_condition() -> None:
     grids = [torch.zeros(16, 2, 2), torch.zeros(16, 2, 2)]
     start = first_token(2, 2)
     logits = torch.full((2, 16, 65), -100.0)
     own = (torch.arange(4) // 2)[:, None] * 2 + torch.arange(4) // 2
     logits[0].scatter_(1, (start + own.flatten())[:, None], 100.0)
     dropped = torch.tensor([False, True])
-    assert float(look_up_loss([logits], grids, dropped)) == pytest.approx(0.0, abs=1e-6)
-    assert float(look_up_loss([logits.roll(1, 2)], grids, dropped)) > 50
+    assert look_up_losses([logits], grids, dropped).tolist() == pytest.approx([0, 0], abs=1e-6)
+    wrong = look_up_losses([logits.roll(1, 2)], grids, dropped).tolist()
+    assert wrong[0] > 100
+    assert wrong[1] == 0
 
 
 def test_the_look_up_weight_falls_to_zero() -> None:
