@@ -37,8 +37,19 @@ lint: .venv/.installed-dev  ## check formatting, style and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-train-demo: .venv/.installed-dev  ## train the embedded demo model again (two CPU cores, hours)
+PHANTOMS := --width 8192 --height 8192 --varied true --pen_every 0
+TRAINED := runs/train_demo_denoiser
+
+train-demo: .venv/.installed-dev  ## train the embedded demo model again, from phantom slides (two CPU cores, 2½ hours)
 	$(BIN)/python -m engine.train --config configs/train_demo.yaml
+	$(BIN)/python -m engine.phantom_slides --out runs/train_slides --count 20 $(PHANTOMS)
+	$(BIN)/python -m engine.phantom_slides --out runs/heldout_slides --count 4 --seed 10000 $(PHANTOMS)
+	$(BIN)/python -m engine.prepare --config configs/prepare_demo.yaml
+	$(BIN)/python -m engine.prepare --config configs/prepare_demo.yaml --slides runs/heldout_slides --out runs/prepared_heldout
+	$(BIN)/python -m engine.train --config configs/train_demo_denoiser.yaml
+	cp -R $(TRAINED)/model/. runs/train_demo/model/reference.* engine/model/demo/
+	cp $(TRAINED)/training.json engine/model/demo/training.json
+	cp runs/train_demo/model/training.json engine/model/demo/autoencoder.json
 	$(BIN)/python -m engine.train --config configs/train_cdm.yaml
 
 clean:  ## remove the virtual environment and caches; runs/ stays

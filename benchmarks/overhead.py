@@ -195,7 +195,7 @@ def main(argv: list[str]) -> int:
     if not arguments.no_time:
         found["time"] = measure_time(arguments)
     if not arguments.no_memory:
-        found["memory"] = memory.compare(memory.SIZES, memory.FORMATS, partial(print, flush=True))
+        found["memory"] = memory.compare(memory.SIZES, memory.FORMATS, 50, partial(print, flush=True))
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
     same = found.get("time", {}).get("same_bytes", True)  # type: ignore[attr-defined]

@@ -2,9 +2,10 @@
 
     python -m engine.phantom_cohort --out DIR --patients 60
 
-A patient is positive if its nuclei are pleomorphic (best seen at 20x) AND its architecture is ragged (best seen at 5x).
-Each is so in the square root of the share of positives, independent of the other, so one of them alone cannot tell.
-Neither scale is quite blind to the other sign: lumina are seen at 20x, large nuclei darken 5x (docs/mil.md).
+A patient is positive if its nuclei are pleomorphic (seen at 20x) AND its architecture is ragged (seen at 5x). Each is so
+in the square root of the share of positives, independent of the other, so one of them alone cannot tell. Each scale is
+nearly blind to the other sign: nuclei differ in chromatin more than in size, ducts in place and outline more than in
+lumina (docs/mil.md).
 Slides that are there are not made again. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 
@@ -27,12 +28,15 @@ from engine.slides.phantom_slide import write_phantom_slide
 from engine.state import disk_error, replacing, write_atomically
 
 PROG = "python -m engine.phantom_cohort"
-CALM, WILD = (0.0, 0.15), (0.85, 1.0)
-ORDERLY, RAGGED = (0.33, 0.38), (0.62, 0.67)
-"""Ranges of pleomorphism and of architecture; a score of 42 (configs/tasks/hrd.yaml) lies between them. Extremes of
-architecture would be seen at 20x as well: there every duct has a lumen or none."""
-SECOND_SLIDE = 5
-"""Every fifth patient has two slides."""
+Knobs = dict[str, tuple[float, float]]
+"""Ranges of a phantom's knobs."""
+CALM: Knobs = {"pleomorphism": (0.2, 0.3), "chromatin": (0.0, 0.1)}
+WILD: Knobs = {"pleomorphism": (0.75, 0.85), "chromatin": (0.9, 1.0)}
+ORDERLY: Knobs = {"architecture": (0.0, 0.1), "lumina": (0.40, 0.44)}
+RAGGED: Knobs = {"architecture": (0.9, 1.0), "lumina": (0.58, 0.62)}
+"""A score of 42 (configs/tasks/hrd.yaml) lies between the two of pleomorphism and the two of architecture."""
+SECOND_SLIDE = 2
+"""Every second patient has two slides."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class PhantomCohortConfig:
     out: str
     """Folder to write into: slides/ and labels.csv."""
     patients: int = 60
-    """Patients; every fifth one has two slides."""
+    """Patients; every second one has two slides."""
     positive: float = 0.4
     """Share of positive patients, 0..1."""
     sites: int = 4
@@ -86,7 +90,7 @@ class PhantomSlide:
 
     def row(self) -> dict[str, object]:
         """Return the row of labels.csv."""
-        knobs = {name: round(getattr(self.phantom, name), 3) for name in ("pleomorphism", "architecture")}
+        knobs = {name: round(getattr(self.phantom, name), 3) for name in (*CALM, *ORDERLY)}
         return {"patient": self.patient, "slide": self.slide, "hrd_score": self.score, "site": self.site, **knobs}
 
 
@@ -96,10 +100,8 @@ def draw_cohort(config: PhantomCohortConfig) -> list[PhantomSlide]:
     signs = rng.permutation(np.array(list(_signs(config))))
     slides = []
     for number, (pleomorphic, ragged) in enumerate(signs):
-        knobs = {
-            "pleomorphism": rng.uniform(*(WILD if pleomorphic else CALM)),
-            "architecture": rng.uniform(*(RAGGED if ragged else ORDERLY)),
-        }
+        ranges = (WILD if pleomorphic else CALM) | (RAGGED if ragged else ORDERLY)
+        knobs = {name: rng.uniform(low, high) for name, (low, high) in ranges.items()}
         patient, site = f"P{number + 1:03d}", f"site {chr(ord('A') + number % config.sites)}"
         for part in range(2 if number % SECOND_SLIDE == 0 else 1):
             seed = config.seed * 1_000_000 + 2 * number + part

@@ -24,7 +24,7 @@ from engine.summaries import alpha_bars
 from engine.training.cdm_settings import CDMOptimiserSettings, CDMTrainingConfig
 from engine.training.checkpointing import save_json, write_atomically
 from engine.training.loop import Optimisation, TrainingError, step_rng
-from engine.training.summaries import GridFiles, Summaries, Windows, store_summaries
+from engine.training.summaries import Summaries, Windows, open_windows, store_summaries
 
 log = logging.getLogger(__name__)
 
@@ -131,12 +131,12 @@ def find_windows(model: ZoomLDM, config: CDMTrainingConfig) -> tuple[list[Window
     ]
     found: list[Windows] = []
     for pattern in (settings.train, settings.heldout):
-        windows = GridFiles(pattern, model.config.ssl_dim, model.config.scale)
+        windows = open_windows(pattern, model.config.encoder, model.config.ssl_dim, model.config.scale)
         for level, name in enumerate(model.config.magnifications):
             if not windows.count(level):
                 k = model.config.scale.factor(name)
                 raise EngineError(
-                    f"at {name} a window covers {k} x {k} cells; no grid of {pattern} is as large. Encode larger "
+                    f"at {name} a window covers {k} x {k} cells; nothing in {pattern} is as large. Encode larger "
                     "regions, or train on a model without that magnification."
                 )
         found.append(windows)

@@ -31,10 +31,10 @@ class SummarySettings:
     """Which summaries the CDM learns from: windows of stored SSL grids, through the model's Summarizer."""
 
     train: str = "data/train/*.npy"
-    """Glob of the grids to learn from, one per region or slide: (D, h, w) in .npy, .h5 or .zarr, one SSL vector per
-    base cell, by the model's encoder."""
+    """What to learn from: the folder of a prepared set, or a glob of grids, one per region or slide: (D, h, w) in .npy,
+    .h5 or .zarr, one SSL vector per base cell, by the model's encoder."""
     heldout: str = "data/heldout/*.npy"
-    """Glob of the grids that are only measured on."""
+    """What is only measured on, likewise."""
     per_magnification: tuple[int, ...] = (4096,)
     """Windows per magnification, base first; fewer where the grids have fewer. One number stands for all."""
     heldout_per_magnification: int = 512

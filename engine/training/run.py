@@ -39,6 +39,7 @@ def train(config: DemoConfig) -> None:
     encoder = fit_encoder(training, config.data.encoder_cells, config.seed, run / "encoder.pt")
     if encoder.dim != SSL_DIM:
         raise ValueError(f"the encoder must give {SSL_DIM} numbers a cell; got {encoder.dim}. Delete encoder.pt.")
+    encode_regions(encoder, training)  # the CDM learns from these
     encode_regions(encoder, heldout)
     fit_colour_maps(model, encode_tiles(model.vae, heldout, 0, shown[0], config.device, config.bfloat16))
     figures = {

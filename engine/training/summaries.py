@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from engine.errors import EngineError
 from engine.magnification import MagnificationScale
 from engine.model.zoomldm import ZoomLDM
+from engine.prepared import PreparedSet
 from engine.reference import read_embeddings
 from engine.training.checkpointing import save_array
 from engine.training.loop import step_rng
@@ -98,6 +99,35 @@ class GridFiles:
         grid = self.grids[index]
         y, x = divmod(number - (int(ends[index - 1]) if index else 0), grid.shape[2] - k + 1)
         return grid[:, y : y + k, x : x + k]
+
+
+class PreparedWindows:
+    """The patches of a prepared set, as they were cut: each magnification has its own."""
+
+    def __init__(self, folder: str, encoder: str, ssl_dim: int, scale: MagnificationScale) -> None:
+        """Raises: PreparedError for a damaged set; PreparedMismatchError for one of another encoder or scale."""
+        self.data = PreparedSet(folder)
+        self.data.require(encoder=encoder, ssl_dim=ssl_dim, magnifications=scale.names, base_mpp=scale.base_mpp)
+
+    @property
+    def digest(self) -> str:
+        return self.data.digest
+
+    def count(self, level: int) -> int:
+        return self.data.count(level)
+
+    def window(self, level: int, number: int) -> NDArray[np.float32]:
+        return self.data.example(level, number).grid
+
+
+def open_windows(where: str, encoder: str, ssl_dim: int, scale: MagnificationScale) -> Windows:
+    """Return the windows of a prepared set, if `where` is its folder, or of the grids that a glob names.
+
+    Raises: EngineError, as the two kinds do.
+    """
+    if Path(where).is_dir():
+        return PreparedWindows(where, encoder, ssl_dim, scale)
+    return GridFiles(where, ssl_dim, scale)
 
 
 def store_summaries(

@@ -7,18 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from known_prepared import FACTS
+from known_run import write_data
 
-from engine.errors import EngineError
+from engine.errors import EngineError, PreparedMismatchError
 from engine.magnification import MagnificationScale
 from engine.model.cdm import CDM, CDMConfig
 from engine.model.cdm_store import load_cdm, read_published
 from engine.model.zoomldm import ConditionerConfig, ZoomLDM, tiny_config
+from engine.prepared import PreparedSet
 from engine.summaries import sample_summaries
 from engine.training import cdm as training
 from engine.training.cdm import draw_batch, heldout_errors, train_cdm, x0_loss
 from engine.training.cdm_settings import CDMOptimiserSettings, CDMSizes, CDMTrainingConfig, SummarySettings
 from engine.training.loop import Optimisation, TrainingError
-from engine.training.summaries import GridFiles, store_summaries
+from engine.training.summaries import GridFiles, open_windows, store_summaries
 
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 
@@ -61,6 +64,17 @@ def test_every_window_of_every_grid_is_numbered_once(root: Path) -> None:
     assert np.array_equal(windows.window(2, 30), second[:, :4, :4])
     assert np.array_equal(windows.window(2, 64), second[:, 6:10, 4:8])
     assert len({windows.window(1, n).tobytes() for n in range(119)}) == 119
+
+
+def test_windows_of_a_prepared_set_are_its_patches(root: Path, tmp_path: Path) -> None:
+    facts = replace(FACTS, magnifications=SCALE.names)
+    write_data(tmp_path / "data", facts)
+    windows, data = open_windows(str(tmp_path / "data"), "demo", 16, SCALE), PreparedSet(tmp_path / "data")
+    assert [windows.count(level) for level in range(4)] == [data.count(level) for level in range(4)] == [4] * 4
+    assert all(np.array_equal(windows.window(2, n), data.example(2, n).grid) for n in range(4))
+    assert windows.digest != open_windows(str(root / "train/*.npy"), "demo", 16, SCALE).digest
+    with pytest.raises(PreparedMismatchError, match="encoder is 'demo', not 'uni'"):
+        open_windows(str(tmp_path / "data"), "uni", 16, SCALE)
 
 
 def test_summaries_are_the_models_and_are_made_once(root: Path) -> None:
@@ -198,7 +212,7 @@ def test_a_run_on_another_summarizer_or_other_grids_is_refused(root: Path) -> No
         ({"train": "nothing/*.npy"}, "nothing/.*must name SSL grids"),
         ({"train": "dim.npy"}, "have 16 channels; .*dim.npy has 17: it comes from another encoder"),
         ({"train": "nan.npy"}, "must be finite"),
-        ({"train": "small.npy"}, "at 2.5x a window covers 8 x 8 cells; no grid of small.npy is as large"),
+        ({"train": "small.npy"}, "at 2.5x a window covers 8 x 8 cells; nothing in small.npy is as large"),
         ({"per_magnification": (1, 2)}, "summaries.per_magnification must have one number, or 4"),
     ],
 )
