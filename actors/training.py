@@ -6,7 +6,9 @@ It does not know what is trained. Source: Ray 2.60, ray.train.torch.TorchTrainer
 """
 
 import logging
+import os
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch.distributed as dist
@@ -72,15 +74,17 @@ def _fit(config: PreparedConfig, workers: int, use_gpu: bool) -> None:
     share = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {})
     TorchTrainer(
         _work,
-        train_loop_config={"config": config},
+        train_loop_config={"config": config, "folder": os.getcwd()},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=use_gpu, resources_per_worker=share),
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         run_config=RunConfig(name="workers", storage_path=str(Path(config.run).resolve() / "ray")),
     ).fit()
 
 
-def _work(job: dict[str, PreparedConfig]) -> None:
+def _work(job: dict[str, Any]) -> None:
     """Train as one worker of the group that Ray has set up."""
+    if Path(job["folder"]).is_dir():
+        os.chdir(job["folder"])  # relative paths mean what they mean to the driver, where its folder is to be seen
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", datefmt="%H:%M:%S")
     config, context = job["config"], ray.train.get_context()
     if context.get_world_rank() == 0:  # the driver, which has the terminal, hears nothing of the workers

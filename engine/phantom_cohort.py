@@ -2,10 +2,10 @@
 
     python -m engine.phantom_cohort --out DIR --patients 60
 
-A patient is positive if its nuclei are pleomorphic (seen at 20x) AND its architecture is ragged (seen at 5x). Each is so
-in the square root of the share of positives, independent of the other, so one of them alone cannot tell. Each scale is
-nearly blind to the other sign: nuclei differ in chromatin more than in size, ducts in place and outline more than in
-lumina (docs/mil.md).
+A patient is positive if its nuclei are pleomorphic (seen at 20x) AND its architecture is ragged (seen at 5x). Each is
+so in the square root of the share of positives, independent of the other, so one of them alone cannot tell. Each scale
+is nearly blind to the other sign: nuclei differ in chromatin more than in size, ducts in place and outline more than
+in lumina (docs/mil.md).
 Slides that are there are not made again. Exit codes: 0 done, 1 failed, 2 wrong usage.
 """
 

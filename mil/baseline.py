@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.linear_model import LogisticRegression
@@ -16,16 +17,21 @@ from sklearn.utils.validation import check_is_fitted
 
 from mil.calibration import choose_threshold, fit_calibration
 from mil.dataset import as_bags
-from mil.training import Part
+from mil.models.contract import FeatureScale
+from mil.training import Part, Scaling, fit_scale
 
 MEAN_POOL = "meanpool"
 
 
 class MeanPoolClassifier(ClassifierMixin, BaseEstimator):
-    """Logistic regression on standardised bag means; `c` is scikit-learn's inverse strength of regularisation."""
+    """Logistic regression on standardised bag means.
 
-    def __init__(self, c: float = 0.1, seed: int = 0) -> None:
-        self.c, self.seed = c, seed
+    c: scikit-learn's inverse strength of regularisation. scaling: whiten decorrelates the features of each scale first,
+    as MILClassifier does, so that the two differ by attention alone.
+    """
+
+    def __init__(self, c: float = 0.1, seed: int = 0, scaling: Scaling = "standardize") -> None:
+        self.c, self.seed, self.scaling = c, seed, scaling
 
     def fit(
         self,
@@ -39,7 +45,11 @@ class MeanPoolClassifier(ClassifierMixin, BaseEstimator):
         labels = np.asarray(y)
         self.classes_ = np.unique(labels)
         regression = LogisticRegression(C=self.c, class_weight="balanced", max_iter=2000, random_state=self.seed)
-        self.pipeline_: Pipeline = make_pipeline(StandardScaler(), regression).fit(means(bags), labels)
+        instances = as_bags(bags)
+        self.features_ = FeatureScale(instances[0].widths, whiten=self.scaling == "whiten")
+        fit_scale(self.features_, instances, self.seed)
+        # Scaling is linear: the mean of scaled instances is the scaled mean.
+        self.pipeline_: Pipeline = make_pipeline(StandardScaler(), regression).fit(self._means(instances), labels)
         judged = validation_set or Part(as_bags(bags), (labels == self.classes_[1]).astype(int), np.arange(len(labels)))
         _, logit, truth = judged.by_group(self.decision_function(judged.bags))
         self.calibration_ = fit_calibration(logit, truth)
@@ -49,7 +59,13 @@ class MeanPoolClassifier(ClassifierMixin, BaseEstimator):
     def decision_function(self, bags: Sequence[Any]) -> NDArray[np.float64]:
         """Return the logit of each bag, (n,)."""
         check_is_fitted(self, "pipeline_")
-        return self.pipeline_.decision_function(means(bags))
+        return self.pipeline_.decision_function(self._means(bags))
+
+    @torch.inference_mode()
+    def _means(self, bags: Sequence[Any]) -> NDArray[np.float64]:
+        """Return the mean instance of each bag, scaled: (n, D)."""
+        means = np.stack([bag.read().mean(axis=0, dtype=np.float64) for bag in as_bags(bags)])
+        return self.features_(torch.from_numpy(means).float()).double().numpy()
 
     def predict_proba(self, bags: Sequence[Any]) -> NDArray[np.float64]:
         """Return calibrated probabilities (n, 2)."""
@@ -59,8 +75,3 @@ class MeanPoolClassifier(ClassifierMixin, BaseEstimator):
     def predict(self, bags: Sequence[Any]) -> NDArray:
         """Return the class of each bag."""
         return self.classes_[(self.predict_proba(bags)[:, 1] >= self.threshold_).astype(int)]
-
-
-def means(bags: Sequence[Any]) -> NDArray[np.float64]:
-    """Return the mean instance of each bag, (n, D)."""
-    return np.stack([bag.read().mean(axis=0, dtype=np.float64) for bag in as_bags(bags)])

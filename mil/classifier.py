@@ -100,7 +100,7 @@ class MILClassifier(ClassifierMixin, BaseEstimator):
         with reproducible(self.seed, self.deterministic):
             self.model_ = build_model(self._model_config(train.bags))
             if self.scaling != "none":
-                fit_scale(self.model_, train.bags, self.seed)
+                fit_scale(self.model_.features, train.bags, self.seed)
             self.history_ = BagTraining(self.model_, settings, train, self.seed, device).run(validation, watch)
             _, logit, labels = validation.by_group(self._judge(validation.bags))
         self.calibration_ = fit_calibration(logit, labels)

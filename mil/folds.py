@@ -68,7 +68,8 @@ def do_fold(job: FoldJob) -> str:
     classifier = MILClassifier(**job.classifier)
     train, validation = parts["train"], parts["validation"]
     classifier.fit(train.bags, train.labels, train.groups, validation)
-    baseline = MeanPoolClassifier(seed=classifier.seed).fit(train.bags, train.labels, None, validation)
+    baseline = MeanPoolClassifier(seed=classifier.seed, scaling=classifier.scaling)
+    baseline.fit(train.bags, train.labels, None, validation)
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     with replacing_folder(job.folder, ("fold.json",)) as partial:
         with h5py.File(partial / "attention.h5", "w") as file:

@@ -20,7 +20,7 @@ from engine.training.loop import TrainingError, learning_rate
 from engine.training.settings import OptimiserSettings
 from mil.dataset import Bag, Batch, batches, epoch_order, sample_rows
 from mil.metrics import auroc
-from mil.models.contract import BagModel
+from mil.models.contract import BagModel, FeatureScale
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Scaling = Literal["standardize", "whiten", "none"]
@@ -109,11 +109,11 @@ def reproducible(seed: int, deterministic: bool) -> Iterator[None]:
             torch.use_deterministic_algorithms(before)
 
 
-def fit_scale(model: BagModel, bags: Sequence[Bag], seed: int) -> None:
-    """Give the model the mean and (co)variance of the training bags' features; each bag counts the same."""
-    widths = model.config.widths if model.config.whiten else ()
+def fit_scale(features: FeatureScale, bags: Sequence[Bag], seed: int) -> None:
+    """Give a scaling the mean and (co)variance of the training bags' features; each bag counts the same."""
+    widths = features.widths if features.whiten else ()
     ends = np.cumsum(widths)
-    total = square = np.zeros(model.config.width)
+    total = square = np.zeros(sum(features.widths))
     products = [np.zeros((width, width)) for width in widths]
     for number, bag in enumerate(bags):
         array = bag.read()
@@ -127,7 +127,7 @@ def fit_scale(model: BagModel, bags: Sequence[Bag], seed: int) -> None:
     deviation = np.sqrt(np.maximum(square / len(bags) - mean**2, 0))
     means = [mean[end - width : end] for end, width in zip(ends, widths, strict=True)]
     covariances = [p / len(bags) - np.outer(m, m) for p, m in zip(products, means, strict=True)]
-    model.features.fit(torch.from_numpy(mean), torch.from_numpy(deviation), [torch.from_numpy(c) for c in covariances])
+    features.fit(torch.from_numpy(mean), torch.from_numpy(deviation), [torch.from_numpy(c) for c in covariances])
 
 
 def judge(model: BagModel, bags: Sequence[Bag], device: torch.device, precision: Precision = "float32") -> NDArray:

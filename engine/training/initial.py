@@ -32,9 +32,12 @@ PatchesOf = Callable[[int, int], DenoiserPart]
 
 
 def start_with_places(
-    model: ZoomLDM, patches: PatchesOf, settings: PlaceSettings, seed: int, path: Path, dtype: torch.dtype
-) -> None:
+    model: ZoomLDM, patches: PatchesOf, settings: PlaceSettings, seed: int, path: Path, dtype: torch.dtype,
+    writes: bool = True,
+) -> None:  # fmt: skip
     """Teach a fresh Summarizer and U-Net where cells lie; kept in `path`, so that a killed run does it once.
+
+    Every worker of a group learns the same; one of them `writes`.
 
     Raises: TrainingError for a conditioner without places.
     """
@@ -65,7 +68,8 @@ def start_with_places(
     path_of_places = Pathway(model.unet, seed)
     queries = path_of_places.learn(noisy, model.null_context(_UNET_TILES), settings.path_steps, dtype)
     install_look_up(look_up_sites(model.unet), queries, readers.place)
-    save_checkpoint(path, {"module": networks.state_dict()})
+    if writes:
+        save_checkpoint(path, {"module": networks.state_dict()})
 
 
 @torch.no_grad()

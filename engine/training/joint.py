@@ -103,8 +103,9 @@ def open_source(data: PreparedSet, model: ModelConfig) -> PatchSource:
 class DenoiserLesson:
     """U-Net and conditioner learn to denoise the set's latents; the autoencoder stays as it is."""
 
-    def __init__(self, config: JointConfig) -> None:
-        """Raises: PreparedError or CheckpointError for what does not fit together."""
+    def __init__(self, config: JointConfig, writes: bool = True) -> None:
+        """`writes` is False for all workers of a group but one. Raises: PreparedError or CheckpointError for what does
+        not fit together."""
         self.config, self.stem, self.device = config, STEM, choose_device(config.device)
         data = PreparedSet(config.data)
         self.model = build_model(config)
@@ -124,7 +125,7 @@ class DenoiserLesson:
         if config.train.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
         self.alphas_cumprod = self.model.alphas_cumprod.to(self.device)
-        self.watch = self._begin_with_places() if config.places.token_steps else None
+        self.watch = self._begin_with_places(writes) if config.places.token_steps else None
 
     def _open_heldout(self) -> PatchSource | None:
         """Raises: PreparedMismatchError or TrainingError for a set that cannot be measured on."""
@@ -139,7 +140,7 @@ class DenoiserLesson:
             )
         return open_source(data, self.model.config)
 
-    def _begin_with_places(self) -> AttentionWatch:
+    def _begin_with_places(self, writes: bool) -> AttentionWatch:
         """Teach the networks where cells lie, and return what hears their attention while that is kept up."""
         places = self.config.places
         even = replace(self.config.train, batch_size=places.batch_size, drop_condition=0.0)
@@ -150,7 +151,7 @@ class DenoiserLesson:
             return read_part(self.source, samples, (seed, step), self.networks.conditioner.prepare)
 
         kept = Path(self.config.run) / "places.pt"
-        start_with_places(self.model, patches, places, self.config.seed, kept, DTYPES[self.config.precision])
+        start_with_places(self.model, patches, places, self.config.seed, kept, DTYPES[self.config.precision], writes)
         return AttentionWatch(self.model.unet)
 
     def draw(self, step: int) -> list[Sample]:
@@ -203,7 +204,7 @@ def train(config: JointConfig, group: Group = ALONE) -> None:
     begin(config, group)
     if config.output.ldm is not None and config.initial.model is None:
         ldm_config(network_config(config.model))  # refused now rather than after weeks
-    Learning(config, DenoiserLesson(config), config.train, group).run()
+    Learning(config, DenoiserLesson(config, writes=group.rank == 0), config.train, group).run()
 
 
 def export(config: JointConfig) -> None:

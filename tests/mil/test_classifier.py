@@ -178,3 +178,19 @@ def test_the_baseline(known: KnownBags) -> None:
     test = key_instance_bags(40, seed=1)
     assert roc_auc_score(test.labels, model.predict_proba(test.bags)[:, 1]) > 0.8
     assert set(model.predict(test.bags)) == {0, 1}
+
+
+def test_the_baseline_finds_a_faint_direction_when_it_whitens() -> None:
+    """Two features that hide their difference under what they share: whitening makes the difference count."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    shared, noise = rng.standard_normal((60, 1, 1)) + rng.standard_normal((60, 50, 1)), rng.standard_normal((60, 50, 1))
+    sign = 0.08 * (labels[:, None, None] * 2 - 1) + 0.08 * noise
+    bags = list(np.concatenate([shared + sign, shared - sign], axis=2).astype(np.float32))
+
+    def area(**settings: str) -> float:
+        model = MeanPoolClassifier(**settings).fit(bags[:40], labels[:40])
+        return float(roc_auc_score(labels[40:], model.decision_function(bags[40:])))
+
+    assert area(scaling="whiten") > 0.95
+    assert area() < 0.75

@@ -85,7 +85,7 @@ def test_whitened_features_are_uncorrelated_within_a_scale() -> None:
     mixing = rng.normal(size=(sum(WIDTHS), sum(WIDTHS)))
     bags = as_bags([(rng.normal(size=(60, sum(WIDTHS))) @ mixing).astype(np.float32) for _ in range(40)])
     model = build_model(ModelConfig("abmil", WIDTHS, hidden=4, attention=2, whiten=True))
-    fit_scale(model, bags, seed=0)
+    fit_scale(model.features, bags, seed=0)
     out = model.features(torch.from_numpy(np.concatenate([bag.read() for bag in bags])))
     np.testing.assert_allclose(out.mean(dim=0), 0, atol=1e-3)
     found = np.cov(out.numpy().T)

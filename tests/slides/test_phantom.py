@@ -60,6 +60,35 @@ def test_low_magnification_is_the_mean_of_high(factor: int) -> None:
     assert np.abs(box_reduce(high, factor) - low).max() <= 1.0
 
 
+def test_knobs_that_are_not_given_follow_the_one_they_belong_to() -> None:
+    plain, named = Phantom(5, 0.8, 0.2), Phantom(5, 0.8, 0.2, chromatin=0.8, lumina=0.2)
+    assert np.array_equal(plain.render(*DUCTS_UM, 128, 128, 0.5), named.render(*DUCTS_UM, 128, 128, 0.5))
+    with pytest.raises(ValueError, match="chromatin must lie in"):
+        Phantom(5, chromatin=1.5)
+
+
+def test_chromatin_shows_at_20x_and_less_at_5x_than_size_does() -> None:
+    def difference(a: Phantom, b: Phantom, factor: int) -> float:
+        one, other = (box_reduce(p.render(*DUCTS_UM, 640, 640, 0.5), factor) for p in (a, b))
+        return float(np.abs(one - other).mean())
+
+    smooth, coarse = (Phantom(5, 0.5, 0.5, chromatin=c) for c in (0.0, 1.0))
+    even, varied = (Phantom(5, p, 0.5, chromatin=0.5) for p in (0.0, 1.0))
+    assert difference(smooth, coarse, 1) > 1.5
+    of_chromatin = difference(smooth, coarse, 4) / difference(smooth, coarse, 1)
+    of_size = difference(even, varied, 4) / difference(even, varied, 1)
+    assert of_chromatin < 0.9 * of_size  # measured 0.70 and 0.81
+
+
+def test_lumina_can_be_kept_while_outlines_change() -> None:
+    def white(phantom: Phantom) -> float:
+        return float((phantom.render(*DUCTS_UM, 1024, 1024, 1.0).min(axis=2) > 200).mean())
+
+    kept = [white(Phantom(5, 0.3, a, lumina=0.3)) for a in (0.0, 1.0)]
+    free = [white(Phantom(5, 0.3, a)) for a in (0.0, 1.0)]
+    assert abs(kept[0] - kept[1]) < 0.3 * abs(free[0] - free[1])
+
+
 def test_pleomorphism_shows_at_20x_and_hardly_in_the_mean_colour() -> None:
     calm, wild = (Phantom(5, p, 0.5).render(*DUCTS_UM, 640, 640, 0.5) for p in (0.0, 1.0))
     at_20x = np.abs(calm.astype(int) - wild).mean()

@@ -28,10 +28,10 @@ def test_both_signs_make_a_patient_positive_and_one_alone_tells_little() -> None
 def test_slides_of_a_patient_are_of_one_kind_and_not_the_same_tissue() -> None:
     slides = draw_cohort(PhantomCohortConfig("", patients=11))
     assert [s.slide for s in slides[:3]] == ["P001-1", "P001-2", "P002-1"]
-    assert len(slides) == 14
+    assert len(slides) == 17
     first, second = slides[0].phantom, slides[1].phantom
-    assert (first.pleomorphism, first.architecture) == (second.pleomorphism, second.architecture)
-    assert len({s.phantom.seed for s in slides}) == 14
+    assert first.nuclei + first.ducts == second.nuclei + second.ducts
+    assert len({s.phantom.seed for s in slides}) == 17
     assert {s.site for s in slides} == {"site A", "site B", "site C", "site D"}
     assert draw_cohort(PhantomCohortConfig("", patients=11)) == slides
     assert draw_cohort(PhantomCohortConfig("", patients=11, seed=1)) != slides
@@ -40,7 +40,7 @@ def test_slides_of_a_patient_are_of_one_kind_and_not_the_same_tissue() -> None:
 def test_the_command_writes_what_mil_takes_and_continues(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [f"--out={tmp_path}", "--patients=4", "--positive=0.5", "--width=300", "--height=256", "--processes=1"]
     assert main(argv) == 0
-    assert "5 slides of 4 patients" in capsys.readouterr().out
+    assert "6 slides of 4 patients" in capsys.readouterr().out
     cohort = read_labels(tmp_path / "labels.csv", load_task("hrd"))
     assert sum(cohort.labels.values()) == 2
     assert {slide_name(path) for path in find_slides(tmp_path / "slides")} == {s.name for s in cohort.slides}
@@ -50,7 +50,7 @@ def test_the_command_writes_what_mil_takes_and_continues(tmp_path: Path, capsys:
     before = {path: path.stat().st_mtime_ns for path in find_slides(tmp_path / "slides")}
     assert main(argv) == 0
     after = {path: path.stat().st_mtime_ns for path in find_slides(tmp_path / "slides")}
-    assert len(after) == 5
+    assert len(after) == 6
     assert all(after[path] == when for path, when in before.items())
 
 
