@@ -1,10 +1,16 @@
 """The command: which task, which exit code, and the same run continued, exported and looked at."""
 
+import json
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from known_run import tiny_config, write_autoencoder, write_data
 
@@ -43,6 +49,30 @@ def test_train_continue_and_export(config: Path, tmp_path: Path, capsys: pytest.
     assert main([*argv, "--seed", "1"]) == 1
     assert "seed was 0, now 1" in capsys.readouterr().err
     assert "seed was 0, now 1" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_run_that_is_killed_ends_as_an_undisturbed_one(config: Path, tmp_path: Path) -> None:
+    """SIGKILL from outside, twice; what is left is the undisturbed run's, to the last byte."""
+    argv = ["--config", str(config), "--train.steps", "24"]
+    assert main([*argv, "--run", str(tmp_path / "whole"), "--output.folder", str(tmp_path / "whole_model")]) == 0
+    log, command = tmp_path / "run" / "log.jsonl", [sys.executable, "-m", "engine.train", *argv]
+    for lines in (2, 5):
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < lines):
+                time.sleep(0.01)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    assert main(argv) == 0
+    assert (tmp_path / "run" / "log.txt").read_text().count("continuing denoiser") == 2
+    one, other = (torch.load(tmp_path / name / "denoiser.pt", weights_only=True) for name in ("whole", "run"))
+    for part in ("module", "average"):
+        assert all(torch.equal(value, other[part][name]) for name, value in one[part].items())
+
+    def curve(name: str) -> list[float]:
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+
+    assert curve("run") == curve("whole")
+    assert len(curve("run")) == 12
 
 
 def test_plan_counts_the_set(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
