@@ -4,11 +4,11 @@
 
 A few training phantoms are large enough for a 1.25x patch, one each; most are small pieces, as biopsies are beside
 resections. There are 100 times as many 20x patches, and numbers between in geometric steps. The same network learns,
-from random weights or those of --start: from all of them (even shares), and from the 1.25x patches alone, until it has
-seen as many of them, and on until it has done as many steps. Then each samples 1.25x patches for the conditions of
-held-out phantoms. Fréchet distance of the demo encoder's features, one per patch, to the held-out patches themselves;
-lower is better. It is biased upwards by the number of patches, for all rows alike but "training patches", which are
-fewer.
+from random weights (with --places, after learning where cells lie) or from those of --start: from all of them (even
+shares), and from the 1.25x patches alone, until it has seen as many of them, and on until it has done as many steps.
+Then each samples 1.25x patches for the conditions of held-out phantoms. Fréchet distance of the demo encoder's
+features, one per patch, to the held-out patches themselves; lower is better. It is biased upwards by the number of
+patches, for all rows alike but "training patches", which are fewer.
 
 What is done is kept in the folder, so the command continues, and more --seeds may be added. Exit code 1 unless the
 joint training has the lowest mean.
@@ -37,6 +37,7 @@ from engine.training.checkpointing import save_json
 from engine.training.data import HELDOUT_SEED
 from engine.training.heldout import sample_tiles
 from engine.training.joint_settings import InitialSettings, JointConfig, OutputSettings
+from engine.training.settings import PlaceSettings
 from engine.training.stages import DEMO_SCALE
 
 TRAINING_SEED = 1000
@@ -69,6 +70,7 @@ class Trial:
     stride: int
     weight: float
     start: str | None
+    places: bool
     lr: float
 
     @property
@@ -123,7 +125,8 @@ def config_for(trial: Trial, training: Training, seed: int, threads: int) -> Joi
     train = replace(config.train, lr=trial.lr, decay="constant", ema=0.99, magnification_weights=tuple(weights))
     initial = config.initial if trial.start is None else InitialSettings(model=trial.start)
     output = OutputSettings(folder=str(run / f"model_{training.steps}"))
-    config = replace(config, data=str(trial.folder / "train"), run=str(run), initial=initial)
+    places = PlaceSettings(token_steps=300, path_steps=250) if trial.places else PlaceSettings()
+    config = replace(config, data=str(trial.folder / "train"), run=str(run), initial=initial, places=places)
     return replace(config, seed=seed, train=train, output=output)
 
 
@@ -230,6 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stride", type=int, default=100, help="timesteps between two steps of sampling")
     parser.add_argument("--weight", type=float, default=0.0, help="of classifier-free guidance")
     parser.add_argument("--start", help="model that both trainings start from; else random weights of a small network")
+    parser.add_argument("--places", action="store_true", help="teach random weights first where cells lie")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)

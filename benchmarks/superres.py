@@ -1,11 +1,11 @@
-"""Is a picture of low magnification enlarged better than bicubically? Held-out phantoms, 4×.
+"""Is a picture of low magnification enlarged better than bicubically? Held-out phantoms, 4× or another scale.
 
     python -m benchmarks.superres [--regions 2] [--size 1024] [--write docs/superres.md]
+    python -m benchmarks.superres --scale 8 --defaults
 
-Each region at 20x is box-averaged to 5x and enlarged by `python -m engine.superres`'s own path, without Ray; its SSL
-grid is recovered once. PSNR and
-SSIM (Wang et al. 2004, Gaussian window) against the region, and PSNR of the result, averaged down, against its input.
-Bicubic is Pillow's; "bicubic, moved" is bicubic made consistent with the input as the results are, without a model.
+Each region at 20x is box-averaged (4×: to 5x) and enlarged by `python -m engine.superres`'s own path, without Ray; its
+SSL grid is recovered once. PSNR and SSIM (Wang et al. 2004, Gaussian window) against the region, and PSNR of the
+result, averaged down, against its input. Bicubic is Pillow's; "bicubic, moved" is bicubic made consistent with the input as the results are, without a model.
 Figures are of pictures, not of time, so a busy machine does not matter.
 """
 
@@ -13,7 +13,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,6 @@ from engine.slides.phantom import Phantom
 from engine.superres import SuperresConfig, plan_run
 from engine.training.data import HELDOUT_SEED, box_average
 
-FACTOR = 4
 FIRST_SEED = HELDOUT_SEED + 100
 """Far from where the trainer's held-out regions lie."""
 COLUMNS = ("method", "PSNR, dB", "SSIM", "against its input, dB")
@@ -58,8 +57,8 @@ SETTINGS = (
 )
 
 
-def enlarge(low: np.ndarray, setting: Setting, folder: Path) -> np.ndarray:
-    """Return a picture (h, w, 3) enlarged four times, the mean over the setting's seeds: uint8.
+def enlarge(low: np.ndarray, factor: int, setting: Setting, folder: Path) -> np.ndarray:
+    """Return a picture (h, w, 3) enlarged on both sides, the mean over the setting's seeds: uint8.
 
     The grid that the first run in `folder` recovers is kept there for later ones.
     """
@@ -67,7 +66,7 @@ def enlarge(low: np.ndarray, setting: Setting, folder: Path) -> np.ndarray:
     PIL.Image.fromarray(low).save(source)
     found = []
     for seed in range(setting.seeds):
-        flags = [f"--image={source}", f"--scale={FACTOR}", f"--sampling.seed={seed}", "--output.formats=[]"]
+        flags = [f"--image={source}", f"--scale={factor}", f"--sampling.seed={seed}", "--output.formats=[]"]
         out = Path(tempfile.mkdtemp(dir=folder)) / "run"
         flags += ["--model.dtype=bfloat16", f"--output.folder={out}", *setting.flags]
         flags += [f"--embeddings={grid}"] if grid.exists() else []
@@ -79,15 +78,15 @@ def enlarge(low: np.ndarray, setting: Setting, folder: Path) -> np.ndarray:
     return np.rint(np.mean(found, axis=0)).astype(np.uint8)
 
 
-def bicubic(low: np.ndarray) -> np.ndarray:
-    size = (low.shape[1] * FACTOR, low.shape[0] * FACTOR)
+def bicubic(low: np.ndarray, factor: int) -> np.ndarray:
+    size = (low.shape[1] * factor, low.shape[0] * factor)
     return np.asarray(PIL.Image.fromarray(low).resize(size, PIL.Image.Resampling.BICUBIC))
 
 
 def moved(picture: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Return a picture made consistent with its input, as results are."""
     large, small = (torch.from_numpy((p.transpose(2, 0, 1)[None] + 0.5) / 127.5 - 1).float() for p in (picture, low))
-    return to_uint8(moved_onto(large, small, FACTOR)[0].numpy()).transpose(1, 2, 0)
+    return to_uint8(moved_onto(large, small, picture.shape[0] // low.shape[0])[0].numpy()).transpose(1, 2, 0)
 
 
 def figures(picture: np.ndarray, truth: np.ndarray, low: np.ndarray) -> tuple[float, float, float]:
@@ -96,17 +95,20 @@ def figures(picture: np.ndarray, truth: np.ndarray, low: np.ndarray) -> tuple[fl
         picture, truth, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     h, w, c = low.shape
-    small = picture.reshape(h, FACTOR, w, FACTOR, c).mean(axis=(1, 3))
+    small = picture.reshape(h, picture.shape[0] // h, w, picture.shape[1] // w, c).mean(axis=(1, 3))
     return psnr(picture, truth), float(likeness), psnr(small, low)
 
 
-def measure(truth: np.ndarray, sheet: Path | None) -> dict[str, tuple[float, float, float]]:
+def measure(
+    truth: np.ndarray, factor: int, settings: Sequence[Setting], sheet: Path | None
+) -> dict[str, tuple[float, float, float]]:
     """Return the figures of every way to enlarge one region; `sheet` shows their middles beside the truth."""
-    low = box_average(truth, FACTOR)
-    pictures = {"bicubic": bicubic(low), "bicubic, moved onto its input": moved(bicubic(low), low)}
+    low = box_average(truth, factor)
+    plain = bicubic(low, factor)
+    pictures = {"bicubic": plain, "bicubic, moved onto its input": moved(plain, low)}
     with tempfile.TemporaryDirectory() as folder:
-        for setting in SETTINGS:
-            pictures[setting.name] = enlarge(low, setting, Path(folder))
+        for setting in settings:
+            pictures[setting.name] = enlarge(low, factor, setting, Path(folder))
     if sheet is not None:
         middle = truth.shape[0] // 2 - 128
         cut = [p[middle : middle + 256, middle : middle + 256] for p in (*pictures.values(), truth)]
@@ -134,15 +136,17 @@ def main(argv: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.superres", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--regions", type=int, default=2, help="held-out phantom slides")
     parser.add_argument("--size", type=int, default=1024, help="px of each region at 20x")
+    parser.add_argument("--scale", type=int, default=4, choices=(2, 4, 8, 16), help="on each side")
+    parser.add_argument("--defaults", action="store_true", help="the command's defaults alone")
     parser.add_argument("--sheet", type=Path, help="PNG of the first region's middle: each row of the table, the truth")
     parser.add_argument("--write", type=Path, help="page with marks to put the table into")
     parser.add_argument("--json", type=Path, help="where to write the figures of every region")
     arguments = parser.parse_args(None if argv is None else list(argv))
     pin_arithmetic(1)
-    found = []
+    found, settings = [], SETTINGS[:1] if arguments.defaults else SETTINGS
     for number in range(arguments.regions):
         truth = Phantom.varied(FIRST_SEED + number).render(0, 0, arguments.size, arguments.size, 0.5)
-        found.append(measure(truth, None if number else arguments.sheet))
+        found.append(measure(truth, arguments.scale, settings, None if number else arguments.sheet))
         print(json.dumps(found[-1]), flush=True)
     text = table(found)
     print(text)

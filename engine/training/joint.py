@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,7 +145,7 @@ class DenoiserLesson:
         """Teach the networks where cells lie, and return what hears their attention while that is kept up."""
         places = self.config.places
         even = replace(self.config.train, batch_size=places.batch_size, drop_condition=0.0)
-        chances = self.source.weights(())
+        chances = (self.chances > 0) / np.count_nonzero(self.chances)
 
         def patches(seed: int, step: int) -> DenoiserPart:
             samples = draw_samples(chances, self.counts, even, (seed, step))
