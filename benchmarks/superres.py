@@ -5,7 +5,8 @@
 
 Each region at 20x is box-averaged (4×: to 5x) and enlarged by `python -m engine.superres`'s own path, without Ray; its
 SSL grid is recovered once. PSNR and SSIM (Wang et al. 2004, Gaussian window) against the region, and PSNR of the
-result, averaged down, against its input. Bicubic is Pillow's; "bicubic, moved" is bicubic made consistent with the input as the results are, without a model.
+result, averaged down, against its input. Bicubic is Pillow's; "bicubic, moved" is bicubic made consistent with the
+input as the results are, without a model.
 Figures are of pictures, not of time, so a busy machine does not matter.
 """
 
