@@ -125,7 +125,7 @@ def measure(
     train: Bags, test: Bags, scaling: Scaling = "standardize", models: Sequence[str] = MODELS
 ) -> dict[str, dict[str, float]]:
     """Return the areas of bags and of attention, by model; the first row is mean pooling."""
-    plain = MeanPoolClassifier().fit(train.arrays, train.labels)
+    plain = MeanPoolClassifier(scaling=scaling).fit(train.arrays, train.labels)
     found = {"mean pool": {"bags": float(roc_auc_score(test.labels, plain.decision_function(test.arrays)))}}
     for name in models:
         model = MILClassifier(name, scaling=scaling, **TRAINING).fit(train.arrays, train.labels)
