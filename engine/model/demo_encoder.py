@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import CheckpointError
 from engine.model.ssl_encoder import digest_of, require_cells
-from engine.model.texture_encoder import RAW_DIM, derivative_filters, raw_features
+from engine.model.texture_encoder import RAW_DIM, TextureEncoder
 
 DIM = 64
 SQUASH = 3.0
@@ -31,14 +31,13 @@ class DemoEncoder(nn.Module):
     id = "demo"
     center: Tensor
     projection: Tensor
-    filters: Tensor
 
     def __init__(self, center: Tensor, projection: Tensor) -> None:
         """Take `center` (RAW_DIM,) and `projection` (RAW_DIM, D), both float32; use fit or from_tensors."""
         super().__init__()
         self.register_buffer("center", center)
         self.register_buffer("projection", projection)
-        self.register_buffer("filters", derivative_filters().to(center.device), persistent=False)
+        self.texture = TextureEncoder().to(center.device)
 
     @property
     def dim(self) -> int:
@@ -77,8 +76,7 @@ class DemoEncoder(nn.Module):
                 f"fitting {dim} dimensions (1 to {RAW_DIM}) needs at least {2 * dim} cells; got {len(cells)}. "
                 "Pass more cells or a smaller dim."
             )
-        filters = derivative_filters()
-        raw = torch.cat([raw_features(cell, filters) for cell in cells.split(1)]).double()
+        raw = TextureEncoder().encode(cells).double()
         spread, center = torch.std_mean(raw, dim=0)
         if not bool((spread > 1e-6).any()):
             raise ValueError(f"the {len(cells)} cells must differ to fit an encoder; all look the same.")
@@ -98,12 +96,7 @@ class DemoEncoder(nn.Module):
 
         Raises: ValueError for another dtype or shape.
         """
-        require_cells(images)
-        if not len(images):
-            return torch.empty(0, self.dim)
-        # One cell at a time: its maps stay in the cache (twice as fast), and its vector cannot depend on its batch.
-        return torch.cat([self._encode_cell(cell) for cell in images.split(1)]).cpu()
-
-    def _encode_cell(self, cell: Tensor) -> Tensor:
-        whitened = (raw_features(cell.to(self.center.device), self.filters) - self.center) @ self.projection
-        return SQUASH * torch.tanh(whitened / SQUASH)
+        raw = self.texture.encode(images).to(self.center.device)
+        # One cell at a time: the last bits of a product depend on how many rows it has.
+        whitened = torch.cat([(cell - self.center) @ self.projection for cell in raw.split(1)])
+        return (SQUASH * torch.tanh(whitened / SQUASH)).cpu()

@@ -29,11 +29,13 @@ def state_of(config: JointConfig) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_one_ray_worker_gives_this_processes_bytes(root: Path) -> None:
+def test_one_ray_worker_gives_this_processes_bytes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is given relative paths: they are the driver's."""
     from actors.training import train_on_ray
 
+    monkeypatch.chdir(root)
     here = tiny_config(root, "here", replace(LEARN, steps=4))
-    there = replace(here, run=str(root / "there"), ray=WorkerSettings(workers=1))
+    there = replace(here, data="data", run="there", ray=WorkerSettings(workers=1))
     joint.train(here)
     train_on_ray(there)
     expected, got = state_of(here), state_of(there)
