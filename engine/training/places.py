@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from engine.model.summarizer import CELL_TOKENS, GRID_SIDE, Summarizer
+from engine.training.loop import TrainingError
 from engine.training.settings import PlaceSettings
 
 _FREQUENCIES = 2
@@ -128,7 +129,10 @@ def install_look_up(sites: dict[str, Any], queries: dict[str, nn.Linear], key: n
     """
     for name, site in sites.items():
         if site.heads != 1:
-            raise ValueError(f"a look-up needs attention with one head; {name} has {site.heads}.")
+            raise TrainingError(
+                f"places need attention with one head; {name} has {site.heads}. Set places.token_steps and "
+                "places.path_steps to 0."
+            )
         amplitude = (_PEAK / (2 * _FREQUENCIES * site.scale)) ** 0.5
         reader = queries[name].weight
         site.to_q.weight[:CODE_DIM] = 0

@@ -13,13 +13,16 @@ from engine.model.summarizer import Summarizer
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.training.joint import DenoiserLesson
 from engine.training.joint_settings import JointConfig
+from engine.training.loop import TrainingError
 from engine.training.pathway import Pathway
 from engine.training.places import (
     AttentionWatch,
     cell_shape,
     first_token,
+    install_look_up,
     look_up_losses,
     look_up_share,
+    look_up_sites,
     place_codes,
     seat_cells,
 )
@@ -122,6 +125,18 @@ def test_the_look_up_counts_at_first_and_not_in_the_end(config: JointConfig) -> 
     assert first - none == pytest.approx(2 * (half - none), rel=1e-3)
     assert first > none + 0.1
     assert loss(500) == none
+
+
+def test_networks_without_places_are_refused_by_name(config: JointConfig) -> None:
+    taught = replace(config, places=replace(PLACES, token_steps=1, path_steps=1))
+    token = replace(SEVERAL, magnifications=("20x",), conditioner="token")
+    with pytest.raises(TrainingError, match="conditioner is 'token'"):
+        DenoiserLesson(replace(taught, model=token))
+    model = tiny_model()
+    sites = look_up_sites(model.unet)
+    next(iter(sites.values())).heads = 2
+    with pytest.raises(TrainingError, match="has 2"):
+        install_look_up(sites, {}, torch.nn.Linear(4, 4))
 
 
 def test_look_up_losses_count_the_own_cell_and_no_dropped_condition() -> None:
