@@ -18,6 +18,7 @@ from mil.errors import LeakageError, RunError
 from mil.featurefiles import open_features
 from mil.folds import one_by_one, read_predictions
 from mil.study import prepare, run
+from mil.training import TrainingConfig
 from tests.mil.known_cohort import KnownCohort, read_table, write_cohort, write_slide, write_table
 from tests.mil.known_study import config_of
 
@@ -154,6 +155,15 @@ def test_shuffled_labels_are_not_learnt(tmp_path: Path) -> None:
     figures = json.loads((folder / "metrics.json").read_text())["pooled"]
     for who in ("model", "baseline"):
         assert figures[who]["auroc"]["low"] < 0.5 < figures[who]["auroc"]["high"]
+
+
+def test_the_baseline_has_the_models_scaling(known: KnownCohort, study: Path, tmp_path: Path) -> None:
+    """Else a table would compare scalings, not models. Scaling is all that sets these two baselines apart."""
+    training = TrainingConfig(epochs=1, batch_size=8, scaling="whiten")
+    whitened = run(prepare(config_of(known, tmp_path / "run", training=training)), one_by_one, print)
+    plain, white = (read_predictions(next(f.glob("folds/*0_fold0")), who="baseline") for f in (study, whitened))
+    assert plain.patients == white.patients
+    assert not np.allclose(plain.probability, white.probability, atol=1e-3)
 
 
 def test_the_demos_config_is_one() -> None:

@@ -127,6 +127,15 @@ def test_the_look_up_counts_at_first_and_not_in_the_end(config: JointConfig) -> 
     assert loss(500) == none
 
 
+def test_one_worker_of_a_group_keeps_places(config: JointConfig) -> None:
+    """Two would write one file at once."""
+    taught = replace(config, places=replace(PLACES, token_steps=1, path_steps=1))
+    DenoiserLesson(taught, writes=False)
+    assert not (Path(config.run) / "places.pt").exists()
+    DenoiserLesson(taught)
+    assert (Path(config.run) / "places.pt").exists()
+
+
 def test_networks_without_places_are_refused_by_name(config: JointConfig) -> None:
     taught = replace(config, places=replace(PLACES, token_steps=1, path_steps=1))
     token = replace(SEVERAL, magnifications=("20x",), conditioner="token")
