@@ -6,6 +6,7 @@ It does not know the training that follows. places.py says why, pathway.py how.
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from engine.model.zoomldm import ZoomLDM
 from engine.training.checkpointing import load_checkpoint, save_checkpoint
 from engine.training.denoiser import DenoiserNetworks, noise_shares, noisy_latents
 from engine.training.draws import DenoiserPart
-from engine.training.loop import TrainingError
+from engine.training.loop import TrainingError, check_keys
 from engine.training.pathway import Pathway
 from engine.training.places import TokenReaders, descend, install_look_up, look_up_sites, seat_cells, token_loss
 from engine.training.settings import PlaceSettings
@@ -33,17 +34,19 @@ PatchesOf = Callable[[int, int], DenoiserPart]
 
 def start_with_places(
     model: ZoomLDM, patches: PatchesOf, settings: PlaceSettings, seed: int, path: Path, dtype: torch.dtype,
-    writes: bool = True,
+    keys: dict[str, Any], writes: bool = True,
 ) -> None:  # fmt: skip
     """Teach a fresh Summarizer and U-Net where cells lie; kept in `path`, so that a killed run does it once.
 
-    Every worker of a group learns the same; one of them `writes`.
+    keys: what decides the outcome. Every worker of a group learns the same; one of them `writes`.
 
-    Raises: TrainingError for a conditioner without places.
+    Raises: TrainingError for a conditioner without places, and for a `path` with other keys.
     """
     networks = DenoiserNetworks(model)
     if path.exists():
-        networks.load_state_dict(load_checkpoint(path)["module"])
+        state = load_checkpoint(path)
+        check_keys(path, state.get("keys", {}), keys)
+        networks.load_state_dict(state["module"])
         return
     if not isinstance(model.conditioner, Summarizer):
         raise TrainingError(
@@ -69,7 +72,7 @@ def start_with_places(
     queries = path_of_places.learn(noisy, model.null_context(_UNET_TILES), settings.path_steps, dtype)
     install_look_up(look_up_sites(model.unet), queries, readers.place)
     if writes:
-        save_checkpoint(path, {"module": networks.state_dict()})
+        save_checkpoint(path, {"module": networks.state_dict(), "keys": keys})
 
 
 @torch.no_grad()

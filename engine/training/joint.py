@@ -35,7 +35,7 @@ from engine.training.initial import start_with_places
 from engine.training.initial_parts import load_part
 from engine.training.joint_settings import JointConfig, LearningConfig, NetworkSettings
 from engine.training.journal import band_names, band_of
-from engine.training.learning import ALONE, DTYPES, Learning, begin, choose_device, keys_of, need_checkpoint
+from engine.training.learning import ALONE, DTYPES, Learning, choose_device, keys_of, need_checkpoint
 from engine.training.loop import Optimisation, TrainingError
 from engine.training.places import AttentionWatch, look_up_losses, look_up_share
 
@@ -152,7 +152,9 @@ class DenoiserLesson:
             return read_part(self.source, samples, (seed, step), self.networks.conditioner.prepare)
 
         kept = Path(self.config.run) / "places.pt"
-        start_with_places(self.model, patches, places, self.config.seed, kept, DTYPES[self.config.precision], writes)
+        keys = {k: v for k, v in self.keys.items() if not k.startswith("train.")} | {"chances": chances.tolist()}
+        dtype = DTYPES[self.config.precision]
+        start_with_places(self.model, patches, places, self.config.seed, kept, dtype, keys, writes)
         return AttentionWatch(self.model.unet)
 
     def draw(self, step: int) -> list[Sample]:
@@ -202,7 +204,7 @@ class DenoiserLesson:
 
 def train(config: JointConfig, group: Group = ALONE) -> None:
     """Train, or continue, and write the model. Raises: EngineError."""
-    begin(config, group)
+    torch.set_num_threads(config.threads)
     if config.output.ldm is not None and config.initial.model is None:
         ldm_config(network_config(config.model))  # refused now rather than after weeks
     Learning(config, DenoiserLesson(config, writes=group.rank == 0), config.train, group).run()

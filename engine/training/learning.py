@@ -120,7 +120,7 @@ class Learning(Generic[P]):
             lesson.networks, train, run / f"{lesson.stem}.pt", config.checkpoint_s,
             conduct=Conduct(
                 gradients=GroupGradients(lesson.networks, train.accumulate, group, scaler), keys=lesson.keys,
-                record=self.journal.record, describe=lambda _: self.describe(), writes=group.rank == 0,
+                record=self.journal.record, describe=self.describe, writes=group.rank == 0,
                 align=config.log_every,
             ),
         )  # fmt: skip
@@ -145,6 +145,8 @@ class Learning(Generic[P]):
                 f"all workers must see one run folder; they found different checkpoints in {self.config.run}. Put it "
                 "on storage that all nodes share."
             )
+        if self.group.rank == 0:  # not before: a run that is refused leaves the settings of the one that stands there
+            save_json(Path(self.config.run) / "config.json", asdict(self.config))
         call = self.group.join(self.lesson.networks)
         stream = self.parts(first)
         self.journal.start(first)
@@ -164,17 +166,19 @@ class Learning(Generic[P]):
         if self.group.rank == 0:
             self.export()
 
-    def describe(self) -> str:
-        """Name the patches of this worker's share whose loss is not finite, or all when each loss is."""
-        pairs = [
-            (sample, ok)
-            for part, losses in self._heard
-            for sample, ok in zip(part.samples, losses.isfinite().tolist(), strict=True)
-        ]
-        chosen = [sample for sample, ok in pairs if not ok] or [sample for sample, _ in pairs]
-        more = f" and {len(chosen) - _NAMED} more" if len(chosen) > _NAMED else ""
-        worker = f" (worker {self.group.rank})" if self.group.size > 1 else ""
-        return ", ".join(map(self.lesson.name, chosen[:_NAMED])) + more + worker
+    def describe(self, step: int) -> str:
+        """Name the patches of a step whose loss is not finite, on whichever worker, or all when each loss is.
+
+        All workers must call it: one that was spared does not know the others' losses.
+        """
+        bad = torch.zeros(self.train.batch_size, device=self.device)
+        for part, losses in self._heard:
+            for sample, finite in zip(part.samples, losses.isfinite().tolist(), strict=True):
+                bad[sample.number] = not finite
+        found = self.group.total(bad).nonzero().flatten().tolist() or range(len(bad))
+        samples = self.lesson.draw(step)
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        return ", ".join(self.lesson.name(samples[number]) for number in found[:_NAMED]) + more
 
     def export(self) -> None:
         """Write the averaged weights as the configuration asks. Raises: CheckpointError, CanvasError."""
@@ -186,13 +190,6 @@ class Learning(Generic[P]):
         figures |= {"steps": run.step, "skipped": run.skipped, "seconds": round(run.seconds, 1),
                     "config": asdict(self.config), "torch": torch.__version__}  # fmt: skip
         save_json(Path(self.config.run) / "training.json", figures)
-
-
-def begin(config: LearningConfig, group: Group) -> None:
-    """Prepare process and run folder."""
-    torch.set_num_threads(config.threads)
-    if group.rank == 0:
-        save_json(Path(config.run) / "config.json", asdict(config))
 
 
 def need_checkpoint(config: LearningConfig, stem: str) -> None:

@@ -25,7 +25,7 @@ from engine.training.data import as_images
 from engine.training.draws import TIMES, PatchSource, Sample
 from engine.training.gradients import Group
 from engine.training.joint import build_model
-from engine.training.learning import ALONE, DTYPES, Learning, begin, choose_device, keys_of, need_checkpoint
+from engine.training.learning import ALONE, DTYPES, Learning, choose_device, keys_of, need_checkpoint
 from engine.training.loop import Optimisation, step_rng
 from engine.training.vq_settings import VQConfig
 
@@ -140,7 +140,7 @@ class AutoencoderLesson:
 
 def train(config: VQConfig, group: Group = ALONE) -> None:
     """Train, or continue, and write the autoencoder. Raises: EngineError."""
-    begin(config, group)
+    torch.set_num_threads(config.threads)
     Learning(config, AutoencoderLesson(config), config.train, group).run()
 
 

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from engine.training.gradients import Group, ProcessGroup
 from engine.training.joint import DenoiserLesson
 from engine.training.joint_settings import JointConfig
 from engine.training.learning import ALONE, Learning
+from engine.training.loop import TrainingError
 
 HALVES = replace(LEARN, steps=4, drop_condition=0.5, accumulate=1)
 
@@ -37,7 +39,23 @@ def as_worker(rank: int, root: Path, accumulate: int) -> None:
     gradient = first_gradient(replace(config, run=str(root / "gradient")), ProcessGroup())
     torch.save(gradient, root / f"gradient{rank}.pt")
     joint.train(config, ProcessGroup())
+    (root / f"named{rank}.txt").write_text(named_in_a_bad_step(replace(config, run=str(root / "bad"))))
     dist.destroy_process_group()
+
+
+def named_in_a_bad_step(config: JointConfig) -> str:
+    """Return what the error says of a step of which patch 3 alone, the second worker's, has a bad loss."""
+    lesson = DenoiserLesson(config)
+    losses = lesson.losses
+
+    def spoilt(call: Any, part: Any) -> Any:
+        found, classes = losses(call, part)
+        return found / torch.tensor([float(sample.number != 3) for sample in part.samples]), classes
+
+    lesson.losses = spoilt  # type: ignore[method-assign]
+    with pytest.raises(TrainingError) as stop:
+        Learning(config, lesson, replace(config.train, max_skipped=0), ProcessGroup()).run()
+    return str(stop.value)
 
 
 def curve(folder: Path) -> list[float]:
@@ -59,3 +77,9 @@ def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-3)
     lines = [json.loads(line) for line in (tmp_path / "two" / "log.jsonl").read_text().splitlines()]
     assert [sum(line["loss_at_samples"].values()) for line in lines] == [8, 8]
+    lesson = DenoiserLesson(config)
+    culprit = lesson.name(lesson.draw(0)[3])
+    for rank in (0, 1):  # also the worker that computed others
+        said = (tmp_path / f"named{rank}.txt").read_text()
+        assert culprit in said
+        assert said.count(" patch ") == 1

@@ -1,5 +1,6 @@
 """What a training on a prepared set refuses, and how it says so."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def test_another_architecture_is_refused_by_name(root: Path, straight: JointConf
         joint.train(wider)
     with pytest.raises(TrainingError, match=r"seed was 0, now 1"):
         joint.train(replace(straight, seed=1))
+    assert json.loads((root / "straight" / "config.json").read_text())["seed"] == 0  # the values to go back to
 
 
 def test_more_steps_continue_a_constant_rate(root: Path, straight: JointConfig) -> None:

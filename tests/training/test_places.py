@@ -136,6 +136,15 @@ def test_one_worker_of_a_group_keeps_places(config: JointConfig) -> None:
     assert (Path(config.run) / "places.pt").exists()
 
 
+def test_places_of_another_run_are_refused(config: JointConfig) -> None:
+    """A run that was killed before its first checkpoint has nothing but this file to say what it was."""
+    taught = replace(config, places=replace(PLACES, token_steps=1, path_steps=1))
+    DenoiserLesson(taught)
+    DenoiserLesson(replace(taught, train=replace(config.train, lr=config.train.lr / 2)))  # has no part in it
+    with pytest.raises(TrainingError, match=r"places\.pt must belong to this run.* seed was 0, now 1"):
+        DenoiserLesson(replace(taught, seed=1))
+
+
 def test_networks_without_places_are_refused_by_name(config: JointConfig) -> None:
     taught = replace(config, places=replace(PLACES, token_steps=1, path_steps=1))
     token = replace(SEVERAL, magnifications=("20x",), conditioner="token")
