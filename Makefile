@@ -38,7 +38,7 @@ lint: .venv/.installed-dev  ## check formatting, style and types
 	$(BIN)/pyright
 
 PHANTOMS := --width 8192 --height 8192 --varied true --pen_every 0
-TRAINED := runs/train_demo_denoiser
+EMBEDDED := engine/model/demo
 
 train-demo: .venv/.installed-dev  ## train the embedded demo model again, from phantom slides (two CPU cores, 2½ hours)
 	$(BIN)/python -m engine.train --config configs/train_demo.yaml
@@ -47,10 +47,12 @@ train-demo: .venv/.installed-dev  ## train the embedded demo model again, from p
 	$(BIN)/python -m engine.prepare --config configs/prepare_demo.yaml
 	$(BIN)/python -m engine.prepare --config configs/prepare_demo.yaml --slides runs/heldout_slides --out runs/prepared_heldout
 	$(BIN)/python -m engine.train --config configs/train_demo_denoiser.yaml
-	cp -R $(TRAINED)/model/. runs/train_demo/model/reference.* engine/model/demo/
-	cp $(TRAINED)/training.json engine/model/demo/training.json
-	cp runs/train_demo/model/training.json engine/model/demo/autoencoder.json
-	$(BIN)/python -m engine.train --config configs/train_cdm.yaml
+	$(BIN)/python -m engine.train --config configs/train_demo_refine.yaml
+	$(BIN)/python -m engine.train --config configs/train_demo_cdm.yaml
+	cp -R runs/train_demo_refine/model/. runs/train_demo/model/reference.* runs/train_demo_cdm/cdm $(EMBEDDED)/
+	cp runs/train_demo/model/training.json $(EMBEDDED)/training_autoencoder.json
+	cp runs/train_demo_denoiser/training.json $(EMBEDDED)/training_denoiser.json
+	cp runs/train_demo_refine/training.json $(EMBEDDED)/training_refine.json
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache build ./*.egg-info

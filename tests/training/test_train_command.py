@@ -14,11 +14,14 @@ import torch
 import yaml
 from known_run import tiny_config, write_autoencoder, write_data
 
-from engine.arguments import parse_with_flags, peek
+from engine.arguments import PROJECT_ROOT, parse, parse_with_flags, peek
+from engine.model.cdm import CDM, CDMConfig
 from engine.model.networks import build_networks
 from engine.model.zoomldm import ZoomLDM
 from engine.train import main
+from engine.training.cdm_settings import CDMTrainingConfig
 from engine.training.joint import network_config
+from engine.training.joint_settings import JointConfig
 from engine.training.tasks import TASKS
 
 
@@ -113,3 +116,21 @@ def test_the_configs_describe_the_published_sizes(name: str, trained: float) -> 
     learn = [networks.vae] if name == "vq" else [networks.unet, networks.conditioner]
     assert sum(p.numel() for net in learn for p in net.parameters()) == pytest.approx(trained, rel=1e-3)
     assert config.ray.enabled
+
+
+def test_the_cdms_config_describes_the_published_size() -> None:
+    config = parse(["--config", "configs/train_cdm.yaml"], CDMTrainingConfig, "test", "")
+    with torch.device("meta"):
+        cdm = CDM(CDMConfig(**asdict(config.model)))
+    assert sum(p.numel() for p in cdm.parameters()) == pytest.approx(130.7e6, rel=1e-3)
+
+
+def test_the_demos_trainings_follow_each_other() -> None:
+    """What one writes is where the next one starts from, and what the Makefile embeds."""
+    argv = {name: ["--config", f"configs/train_demo_{name}.yaml"] for name in ("denoiser", "refine", "cdm")}
+    first, second = (parse(argv[name], JointConfig, "test", "") for name in ("denoiser", "refine"))
+    cdm = parse(argv["cdm"], CDMTrainingConfig, "test", "")
+    assert first.output.folder == second.initial.model
+    assert second.output.folder == cdm.source
+    copied = next(line for line in (PROJECT_ROOT / "Makefile").read_text().splitlines() if "cp -R" in line).split()
+    assert {f"{cdm.source}/.", cdm.out} <= set(copied)
