@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cross_scale, gpu, memory, overhead, reliability
+from benchmarks import cross_scale, gpu, gpu_training, memory, overhead, reliability
 from benchmarks.bare import BareRun, demo_config, maps_for, picture_digest
 from benchmarks.summaries import frechet
 from engine.magnification import BRCA_SCALE
@@ -109,6 +109,18 @@ def test_gpu_extrapolates_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
         assert row["peak_gib"] is None
 
 
+def test_a_training_step_is_timed_and_counted(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    config = ["--config", "configs/train_demo_refine.yaml", "--initial.model", "demo"]
+    argv = [*config, "--batches", "1,2", "--steps", "1", "--peak-tflops", "10"]
+    assert gpu_training.main([*argv, "--json", str(file)]) == 0
+    one, two = json.loads(file.read_text())["rows"]
+    counted = [row["tflops"] * row["step_s"] for row in (one, two)]
+    assert counted[1] == pytest.approx(2 * counted[0])
+    assert one["share"] == pytest.approx(one["tflops"] / 10)
+    assert one["patches_per_s"] == pytest.approx(1 / one["step_s"])
+
+
 def test_full_size_is_the_published_one() -> None:
     networks = build_networks(published_config(), "meta").named()
     millions = {name: sum(p.numel() for p in net.parameters()) / 1e6 for name, net in networks.items()}
@@ -119,9 +131,11 @@ def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.main([]) == 1
     assert "model.device=cuda needs a GPU" in capsys.readouterr().out
+    assert gpu_training.main([]) == 1
+    assert "there must be a GPU" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["bare.py", "gpu.py", "memory.py"])
+@pytest.mark.parametrize("name", ["bare.py", "gpu.py", "gpu_training.py", "memory.py"])
 def test_these_need_no_ray(name: str) -> None:
     tree = ast.parse((FOLDER / name).read_text())
     used = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]

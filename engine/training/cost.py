@@ -35,9 +35,9 @@ _CHECKPOINT_NBYTES = 16
 
 def training_table(config: JointConfig | VQConfig) -> str:
     """Return what `--plan` prints. Raises: EngineError for a set or initial model that does not fit."""
-    model = _model_config(config)
+    model = model_config(config)
     networks = build_networks(model, "meta")
-    trained, forward = _work_of(config, model, networks)
+    trained, forward = work_of(config, model, networks)
     train = config.train
     workers = config.ray.workers or 1
     at_once = max(1, train.batch_size // (workers * train.accumulate))
@@ -104,13 +104,14 @@ def _kept(trained: nn.Module, forward: Forward, batch: int) -> tuple[int, int]:
     return total, total - sum(blocks) + inputs + max(blocks, default=0)
 
 
-def _model_config(config: LearningConfig) -> ModelConfig:
+def model_config(config: LearningConfig) -> ModelConfig:
+    """Return the sizes of the model that is trained. Raises: EngineError for an initial model that cannot be read."""
     if config.initial.model is None:
         return network_config(config.model)
     return checkpoint.read(hub.locate(config.initial.model, config.initial.variant, "--initial.model")).config
 
 
-def _work_of(config: LearningConfig, model: ModelConfig, networks: Networks) -> tuple[nn.Module, Forward]:
+def work_of(config: LearningConfig, model: ModelConfig, networks: Networks) -> tuple[nn.Module, Forward]:
     """Return the networks that learn, and their forward pass on a batch of that many samples."""
     size = (LATENT_CHANNELS, TILE_LATENT_PX, TILE_LATENT_PX)
     if isinstance(config, VQConfig):
