@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EngineError
-from engine.training.checkpointing import load_checkpoint, save_checkpoint
+from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json
 from engine.training.gradients import Gradients, LossOfStep, ThreadedShares, trained
 from engine.training.settings import OptimiserSettings
 
 log = logging.getLogger(__name__)
+
+_FREE_KEYS = ("run", "out", "threads", "device", "checkpoint_s")
+"""Of a configuration: where a run computes and where its files go. They change its weights by rounding at most, and
+another machine may have to finish it."""
 
 
 class TrainingError(EngineError):
@@ -198,8 +202,25 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def settle(run: Path, values: dict[str, Any], free: Collection[str] = ()) -> None:
+    """Note a run's configuration, and what else decides its files, in config.json, before any of them is made.
+
+    `free` are top-level keys that a continued run may change, beside those of every run (_FREE_KEYS).
+    Raises: TrainingError if the folder holds a run with other values; its config.json then stays.
+    """
+    path, now = run / "config.json", json.loads(json.dumps(values))  # as JSON gives it back: tuples are lists
+
+    def deciding(keys: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in keys.items() if key not in (*_FREE_KEYS, *free)}
+
+    if path.exists():
+        check_keys(path, deciding(json.loads(path.read_text())), deciding(now))
+    save_json(path, now)
+
+
 def check_keys(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to continue a run with other keys. Raises: TrainingError naming each, old and new."""
+    """Refuse to continue a run with other keys. Raises: TrainingError naming each, old and new, nested ones dotted."""
+    old, new = _flat(old), _flat(new)
 
     def show(keys: dict[str, Any], key: str) -> str:
         return repr(keys[key])[:120] if key in keys else "absent"
@@ -210,3 +231,10 @@ def check_keys(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             f"{path} must belong to this run; it was trained otherwise: {'; '.join(differing)}. Use the old values to "
             "continue it, or another run folder to begin anew."
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
