@@ -19,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EngineError
-from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json
+from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json, write_atomically
 from engine.training.gradients import Gradients, LossOfStep, ThreadedShares, trained
 from engine.training.settings import OptimiserSettings
 
 log = logging.getLogger(__name__)
 
+LOG = "log.jsonl"
+"""Name of a run's log beside its checkpoints."""
 _FREE_KEYS = ("run", "out", "threads", "device", "checkpoint_s")
 """Of a configuration: where a run computes and where its files go. They change its weights by rounding at most, and
 another machine may have to finish it."""
@@ -92,7 +94,8 @@ class Conduct:
 class Optimisation:
     """Run a loss for the steps that are not done yet.
 
-    `path` is the checkpoint; the log beside it gets one JSON line per `log_every` steps.
+    `path` is the checkpoint; the log beside it gets one JSON line per `log_every` steps. Lines after the checkpoint are
+    dropped when a run goes on, so a killed run has each line once.
     """
 
     def __init__(
@@ -139,6 +142,8 @@ class Optimisation:
 
         Raises: TrainingError when too many losses were not finite; CanvasError when the disk refuses a checkpoint.
         """
+        if self.conduct.writes:
+            drop_lines(self.path.parent / LOG, self.path.stem, self.step)
         if self.step >= self.settings.steps:
             return
         saved = began = time.monotonic()
@@ -191,7 +196,7 @@ class Optimisation:
             return
         line = {"stage": self.path.stem, "step": self.step, "seconds": round(self.seconds, 1),
                 "lr": learning_rate(self.settings, self.step - 1), **figures}  # fmt: skip
-        append_line(self.path.parent / "log.jsonl", line)
+        append_line(self.path.parent / LOG, line)
         if self.step % (10 * self.log_every) == 0:
             log.info(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
 
@@ -200,6 +205,22 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     """Append a JSON line to a log."""
     with path.open("a") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def drop_lines(path: Path, stage: str, step: int) -> None:
+    """Drop a stage's lines after `step` from a log, and torn ones; other stages of the run keep theirs."""
+
+    def stays(line: str) -> bool:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return False  # torn by a kill
+        return line.endswith("\n") and (found["stage"] != stage or found["step"] <= step)
+
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if stays(line)]
+    if kept != lines:
+        write_atomically(path, lambda partial: partial.write_text("".join(kept)))
 
 
 def settle(run: Path, values: dict[str, Any], free: Collection[str] = ()) -> None:

@@ -1,5 +1,7 @@
 """A run is a function of its settings and seed, whatever kills it; bad losses are counted, not learned from."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,36 @@ def test_resume_equals_uninterrupted_bit_for_bit(tmp_path: Path) -> None:
     assert straight.keys() == resumed.keys()
     for name, value in straight.items():
         assert torch.equal(value, resumed[name]), name
+
+
+def test_a_killed_run_has_each_line_once_and_other_stages_keep_theirs(tmp_path: Path) -> None:
+    """Killed after two lines that no checkpoint knows, the last one torn; the stage before has later steps."""
+    settings, log = replace(SETTINGS, steps=40), tmp_path / "log.jsonl"
+
+    def stage(name: str, checkpoint_s: float = 1e9) -> tuple[nn.Module, Optimisation]:
+        module = network()
+        return module, Optimisation(module, settings, tmp_path / f"{name}.pt", checkpoint_s)
+
+    def logged(name: str) -> list[dict[str, float]]:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("stage", "seconds")} for line in lines
+                if line["stage"] == name]  # fmt: skip
+
+    module, run = stage("before")
+    run.run(loss_of(module))
+    module, run = stage("after", checkpoint_s=1e-9)
+    with pytest.raises(Killed):
+        run.run(loss_of(module, killed_at=12))
+    module, run = stage("after")
+    with pytest.raises(Killed):
+        run.run(loss_of(module, killed_at=35))
+    with log.open("a") as file:
+        file.write('{"stage": "after", "st')
+    module, run = stage("after")
+    assert run.step == 12
+    run.run(loss_of(module))
+    assert [line["step"] for line in logged("after")] == [10, 20, 30, 40]
+    assert logged("after") == logged("before")
 
 
 def test_finished_run_is_not_trained_again(tmp_path: Path) -> None:
