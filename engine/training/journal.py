@@ -2,7 +2,8 @@
 
 Invariant: a line is the mean over exactly the steps since the line before it, over all workers, and is the same
 whether the run was interrupted or not (but for the times): checkpoints are written after whole lines only, and
-Optimisation drops the lines after the checkpoint that it goes on from. It does not know networks.
+Optimisation drops the lines after the checkpoint that it goes on from. The last step ends a line too, however short; a
+run that is made longer later keeps that line. It does not know networks.
 """
 
 import importlib.util
@@ -63,9 +64,9 @@ class Journal:
             self._sums[name].index_add_(1, torch.tensor(numbers, device=values.device), values)
 
     def record(self, run: Optimisation, figures: dict[str, float]) -> None:
-        """Take a step's gradient norm; after every `every` steps, write a line. All workers call this at every step."""
+        """Take a step's gradient norm; after `every` steps, and the last, write a line. All workers call it always."""
         self._norms.append(figures["gradient_norm"])
-        if run.step % self.every:
+        if run.step % self.every and run.step < run.settings.steps:
             return
         names = [name for name in self.sets if name in self._sums]
         gathered = self.group.total(torch.cat([self._all, *(self._sums[name].flatten() for name in names)]))
@@ -84,7 +85,7 @@ class Journal:
             "stage": run.path.stem, "step": run.step, "seconds": round(run.seconds, 1),
             "lr": learning_rate(run.settings, run.step - 1), "loss": float(gathered[0]) / count,
             "gradient_norm": sum(finite) / max(len(finite), 1),
-            "samples_per_s": round(self.every * run.settings.batch_size / (time.monotonic() - self._began), 3),
+            "samples_per_s": round(len(self._norms) * run.settings.batch_size / (time.monotonic() - self._began), 3),
             "skipped": run.skipped, "overflows": run.overflows,
         }  # fmt: skip
         at = 2
