@@ -61,8 +61,7 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     cdm = cdm.to(config.device).train()
     optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s)
 
-    def loss_of(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
-        del share
+    def loss_of(step: int, _part: int) -> tuple[Tensor, dict[str, float]]:
         return x0_loss(cdm, *draw_batch(train, config.train, config.seed, step, config.device), config.bfloat16)
 
     def measured(state: Optimisation) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError
 from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json, write_atomically
-from engine.training.gradients import Gradients, LossOfStep, ThreadedShares, trained
+from engine.training.gradients import Gradients, Group, GroupGradients, LossOfStep, trained
 from engine.training.settings import OptimiserSettings
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Conduct:
     """How a run is done, apart from its loss; the default is one process that logs to log.jsonl."""
 
     gradients: Gradients | None = None
-    """None: in threads, one share each."""
+    """None: the whole step at once, in this process."""
     keys: dict[str, Any] = field(default_factory=dict)
     """What decides the weights, as JSON values; a checkpoint with other ones is refused."""
     record: Callable[["Optimisation", dict[str, float]], None] | None = None
@@ -99,14 +99,16 @@ class Optimisation:
     """
 
     def __init__(
-        self, module: nn.Module, settings: OptimiserSettings, path: Path, checkpoint_s: float, shares: int = 1,
+        self, module: nn.Module, settings: OptimiserSettings, path: Path, checkpoint_s: float,
         conduct: Conduct | None = None,
     ) -> None:  # fmt: skip
         """Raises: TrainingError if the checkpoint in `path` belongs to a run with other keys."""
         self.module, self.settings, self.path = module, settings, path
-        self.checkpoint_s, self.shares, self.log_every = checkpoint_s, shares, 10
+        self.checkpoint_s, self.log_every = checkpoint_s, 10
         self.conduct = conduct or Conduct()
-        self.gradients = self.conduct.gradients or ThreadedShares(module, shares)
+        self.gradients = self.conduct.gradients or GroupGradients(
+            module, 1, Group(), torch.amp.GradScaler(enabled=False)
+        )
         self.record = self.conduct.record or Optimisation._write_log
         self.optimiser = torch.optim.AdamW(trained(module), lr=settings.lr, weight_decay=settings.weight_decay)
         self.average = WeightAverage(module, settings.ema)

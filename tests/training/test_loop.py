@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import CheckpointError
+from engine.training.gradients import Group, GroupGradients
 from engine.training.loop import Optimisation, TrainingError, learning_rate, step_rng
 from engine.training.settings import OptimiserSettings
 
@@ -25,7 +26,7 @@ def network() -> nn.Module:
 
 
 def loss_of(module: nn.Module, killed_at: int | None = None, bad: frozenset[int] = frozenset()):
-    def loss(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int, part: int) -> tuple[Tensor, dict[str, float]]:
         if step == killed_at:
             raise Killed
         images = torch.from_numpy(step_rng(0, 9, step).standard_normal((2, 3, 8, 8))).float()
@@ -129,17 +130,17 @@ def test_damaged_checkpoint_is_named(tmp_path: Path) -> None:
         Optimisation(network(), SETTINGS, tmp_path / "a.pt", 1e9)
 
 
-def test_shares_average_to_the_gradient_of_the_whole(tmp_path: Path) -> None:
+def test_parts_average_to_the_gradient_of_the_whole() -> None:
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     results = []
-    for shares in (1, 2):
+    for parts in (1, 2):
         module = network()
-        optimisation = Optimisation(module, SETTINGS, tmp_path / f"{shares}.pt", 1e9, shares=shares)
+        gradients = GroupGradients(module, parts, Group(), torch.amp.GradScaler(enabled=False))
 
-        def loss(step: int, share: int, module: nn.Module = module, shares: int = shares):
-            return module(images[share::shares]).square().mean(), {}
+        def loss(step: int, part: int, module: nn.Module = module, parts: int = parts):
+            return module(images[part::parts]).square().mean(), {}
 
-        optimisation.gradients(loss, 0)
+        gradients(loss, 0)
         results.append([p.grad.clone() for p in module.parameters()])
     for whole, halves in zip(*results, strict=True):
         assert torch.allclose(whole, halves, atol=1e-6)
