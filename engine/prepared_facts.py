@@ -62,7 +62,7 @@ class SlideFacts:
     """µm per level-0 px (x, y)."""
     mpp_source: str
     source_digest: str
-    """Of the file (preparation_blocks.source_digest)."""
+    """Of the file (preparation_plan.source_digest)."""
     cells: tuple[int, int] | None
     """Whole base cells on the slide (H, W); None in an imported set."""
     counts: Mapping[str, int]

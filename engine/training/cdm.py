@@ -6,7 +6,6 @@ reads none of them.
 Source: ZoomLDM (CVPR 2025), CDM: squared error of x0, cosine schedule, times drawn at random.
 """
 
-import json
 import logging
 from dataclasses import asdict
 from pathlib import Path
@@ -22,15 +21,15 @@ from engine.model.summarizer import CELL_TOKENS, Summarizer
 from engine.model.zoomldm import ZoomLDM
 from engine.summaries import alpha_bars
 from engine.training.cdm_settings import CDMOptimiserSettings, CDMTrainingConfig
-from engine.training.checkpointing import save_json, write_atomically
-from engine.training.loop import Optimisation, TrainingError, step_rng
+from engine.training.checkpointing import write_atomically
+from engine.training.loop import Optimisation, settle, step_rng
 from engine.training.summaries import Summaries, Windows, open_windows, store_summaries
 
 log = logging.getLogger(__name__)
 
 CDM_STAGE = 21
-_FREE_KEYS = ("run", "out", "published", "store_half", "threads", "checkpoint_s")
-"""Keys that a continued run may change."""
+_FREE_KEYS = ("published", "store_half")
+"""What is written at the end, and how; a continued run may change it."""
 _BANDS = 4
 
 
@@ -49,7 +48,8 @@ def train_cdm(config: CDMTrainingConfig) -> None:
         )
     sizes = cdm_config(model, config)
     sources, counts = find_windows(model, config)
-    settle(run, config, {"conditioner": sizes.conditioner, "windows": [source.digest for source in sources]})
+    learned = {"conditioner": sizes.conditioner, "windows": [source.digest for source in sources]}
+    settle(run, asdict(config) | learned, _FREE_KEYS)
     train, heldout = (
         store_summaries(model, source, wanted, config.seed, run / "summaries" / name)
         for source, wanted, name in zip(sources, counts, ("train", "heldout"), strict=True)
@@ -61,8 +61,7 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     cdm = cdm.to(config.device).train()
     optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s)
 
-    def loss_of(step: int, share: int) -> tuple[Tensor, dict[str, float]]:
-        del share
+    def loss_of(step: int, _part: int) -> tuple[Tensor, dict[str, float]]:
         return x0_loss(cdm, *draw_batch(train, config.train, config.seed, step, config.device), config.bfloat16)
 
     def measured(state: Optimisation) -> dict[str, list[float]]:
@@ -91,20 +90,6 @@ def standardise(cdm: CDM, train: Summaries) -> None:
         cdm.mean[level] = torch.from_numpy(rows.mean(axis=0))
         # An entry that hardly varies must not become noise of the size of the others.
         cdm.spread[level] = torch.from_numpy(np.maximum(spread, max(float(spread.mean()) / 10, 1e-4)))
-
-
-def settle(run: Path, config: CDMTrainingConfig, sources: dict[str, object]) -> None:
-    """Note what decides a run's weights, its settings and what it learns from, or refuse a folder of another run."""
-    path, now = run / "config.json", json.loads(json.dumps(asdict(config) | sources))
-    if path.exists():
-        before = json.loads(path.read_text())
-        keys = [k for k in now | before if k not in _FREE_KEYS and now.get(k) != before.get(k)]
-        if keys:
-            raise TrainingError(
-                f"{run} holds a run with another {', another '.join(keys)}. Continue it with its own ({path}), or "
-                "give --run another folder."
-            )
-    save_json(path, now)
 
 
 def cdm_config(model: ZoomLDM, config: CDMTrainingConfig) -> CDMConfig:

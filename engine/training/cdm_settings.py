@@ -3,12 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from engine.training.settings import OptimiserSettings
-
-
-def _require(ok: bool, rule: str, came: object) -> None:
-    if not ok:
-        raise ValueError(f"{rule}; got {came!r}.")
+from engine.training.settings import OptimiserSettings, require
 
 
 @dataclass(frozen=True)
@@ -41,10 +36,10 @@ class SummarySettings:
     """Held-out windows per magnification."""
 
     def __post_init__(self) -> None:
-        _require(len(self.per_magnification) > 0 and min(self.per_magnification) >= 1,
-                 "summaries.per_magnification must be positive", self.per_magnification)  # fmt: skip
-        _require(self.heldout_per_magnification >= 1,
-                 "summaries.heldout_per_magnification must be at least 1", self.heldout_per_magnification)  # fmt: skip
+        require(len(self.per_magnification) > 0 and min(self.per_magnification) >= 1,
+                "summaries.per_magnification must be positive", self.per_magnification)  # fmt: skip
+        require(self.heldout_per_magnification >= 1,
+                "summaries.heldout_per_magnification must be at least 1", self.heldout_per_magnification)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,9 +56,9 @@ class CDMOptimiserSettings(OptimiserSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(min(self.magnification_weights, default=-1.0) >= 0 and sum(self.magnification_weights) > 0,
-                 "train.magnification_weights must be positive", self.magnification_weights)  # fmt: skip
-        _require(0 < self.time_power <= 4, "train.time_power must lie in (0, 4]", self.time_power)
+        require(min(self.magnification_weights, default=-1.0) >= 0 and sum(self.magnification_weights) > 0,
+                "train.magnification_weights must be positive", self.magnification_weights)  # fmt: skip
+        require(0 < self.time_power <= 4, "train.time_power must lie in (0, 4]", self.time_power)
 
 
 @dataclass(frozen=True)
@@ -104,9 +99,9 @@ class CDMTrainingConfig:
     """How it is learned."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
-        _require(self.threads >= 1, "threads must be at least 1", self.threads)
-        _require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
-        _require(self.published is None or not self.model.standardised,
-                 "published needs model.standardised false (the published file cannot hold mean and spread)",
-                 self.published)  # fmt: skip
+        require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
+        require(self.threads >= 1, "threads must be at least 1", self.threads)
+        require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
+        require(self.published is None or not self.model.standardised,
+                "published needs model.standardised false (the published file cannot hold mean and spread)",
+                self.published)  # fmt: skip

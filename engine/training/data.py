@@ -44,7 +44,7 @@ class Regions:
         self._ssl: list[np.ndarray] = []
 
     def load_ssl(self) -> None:
-        """Read the SSL grids that encode_cells wrote."""
+        """Read the SSL grids that encode_regions wrote."""
         self._ssl = [np.load(folder / "ssl.npy") for folder in self.folders]
 
     def pixels(self, region: int, level: int) -> np.ndarray:

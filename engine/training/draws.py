@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from engine.errors import PreparedError
-from engine.magnification import LATENT_CHANNELS, TILE_LATENT_PX
 from engine.prepared import PreparedSet
 from engine.training.joint_settings import JointSettings
 from engine.training.loop import TrainingError, step_rng
@@ -52,12 +51,7 @@ class PatchSource:
 
     def read(self, level: int, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Return latents float32 (3, 64, 64) and the grid float32 (D, ≤side, ≤side). Raises PreparedError."""
-        latent, grid, slide = self.data.example(self.levels[level], index, side=self.side)
-        if latent.shape != (LATENT_CHANNELS, TILE_LATENT_PX, TILE_LATENT_PX):
-            raise PreparedError(
-                f"latents must be {(LATENT_CHANNELS, TILE_LATENT_PX, TILE_LATENT_PX)}; those of {slide} are "
-                f"{latent.shape}. Prepare its slide again."
-            )
+        latent, grid, _ = self.data.example(self.levels[level], index, side=self.side)
         return latent, grid
 
     def name(self, level: int, index: int) -> str:

@@ -1,11 +1,10 @@
-"""How the gradient of a step is computed: in threads side by side, or part after part and over a group of workers.
+"""How the gradient of a step is computed: part after part, and over a group of workers.
 
 Invariant: what is left in the parameters is the gradient of the mean loss of the whole step, however it was parted.
 It does not know optimisers, images or latents.
 """
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
@@ -16,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 class LossOfStep(Protocol):
-    """The loss of one share of one step; everything random in it is drawn from step and share."""
+    """The loss of one part of one step; everything random in it is drawn from step and part."""
 
-    def __call__(self, step: int, share: int) -> tuple[Tensor, dict[str, float]]: ...
+    def __call__(self, step: int, part: int, /) -> tuple[Tensor, dict[str, float]]: ...
 
 
 class Gradients(Protocol):
@@ -27,42 +26,13 @@ class Gradients(Protocol):
     scaler: torch.amp.GradScaler
 
     def __call__(self, loss_of: LossOfStep, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Return the mean loss, the same on every worker, and the first share's figures."""
+        """Return the mean loss, the same on every worker, and the first part's figures."""
         ...
 
 
 def trained(module: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that learn."""
     return [p for p in module.parameters() if p.requires_grad]
-
-
-class ThreadedShares:
-    """Shares in threads of one core each: at a small size two cores inside one operation gain 1.2, side by side 1.8.
-
-    They are added in order, so the sum does not depend on which finishes first.
-    """
-
-    def __init__(self, module: nn.Module, shares: int) -> None:
-        self.module, self.shares = module, shares
-        self.scaler = torch.amp.GradScaler(enabled=False)
-
-    def __call__(self, loss_of: LossOfStep, step: int) -> tuple[Tensor, dict[str, float]]:
-        parameters = trained(self.module)
-
-        def share(number: int) -> tuple[Tensor, dict[str, float], tuple[Tensor | None, ...]]:
-            loss, figures = loss_of(step, number)
-            return loss.detach(), figures, torch.autograd.grad(loss, parameters, allow_unused=True)
-
-        if self.shares == 1:
-            parts = [share(0)]
-        else:
-            with ThreadPoolExecutor(self.shares, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                parts = list(pool.map(share, range(self.shares)))
-        for number, parameter in enumerate(parameters):
-            found = [part[2][number] for part in parts]
-            present = [g for g in found if g is not None]
-            parameter.grad = sum(present[1:], start=present[0]) / self.shares if present else None
-        return torch.stack([part[0] for part in parts]).mean(), parts[0][1]
 
 
 class Group:

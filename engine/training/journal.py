@@ -1,12 +1,12 @@
 """The figures of a run: JSON lines that anything can read, and the same for TensorBoard.
 
 Invariant: a line is the mean over exactly the steps since the line before it, over all workers, and is the same
-whether the run was interrupted or not (but for the times): checkpoints are written after whole lines only, and lines
-after the checkpoint are dropped when it is read. It does not know networks.
+whether the run was interrupted or not (but for the times): checkpoints are written after whole lines only, and
+Optimisation drops the lines after the checkpoint that it goes on from. The last step ends a line too, however short; a
+run that is made longer later keeps that line. It does not know networks.
 """
 
 import importlib.util
-import json
 import logging
 import time
 from collections.abc import Sequence
@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.training.checkpointing import write_atomically
 from engine.training.gradients import Group
-from engine.training.loop import Optimisation, append_line, learning_rate
+from engine.training.loop import LOG, Optimisation, append_line, learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ class Journal:
 
     def __init__(self, run: Path, sets: dict[str, Sequence[str]], every: int, tensorboard: bool, group: Group) -> None:
         """sets: name of the figure → names of its classes, e.g. "loss_at" → magnifications."""
-        self.path, self.sets, self.every, self.group = run / "log.jsonl", sets, every, group
+        self.path, self.sets, self.every, self.group = run / LOG, sets, every, group
         self.board_folder = run / "tensorboard" if tensorboard and group.rank == 0 else None
         self._sums: dict[str, Tensor] = {}
         self._all = torch.zeros(2, dtype=torch.float64)
@@ -40,14 +39,10 @@ class Journal:
         self._began = time.monotonic()
 
     def start(self, step: int) -> None:
-        """Drop what was logged after `step`, where the run goes on; begin to measure speed."""
+        """Begin to measure speed, and TensorBoard's file, which drops what it has after `step`."""
         self._began = time.monotonic()
         if self.group.rank == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.group.rank == 0 and self.path.exists():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self.path, lambda partial: partial.write_text("".join(kept)))
         if self.board_folder is not None:
             if importlib.util.find_spec("tensorboard") is None:
                 log.warning("TensorBoard is not installed: figures are in %s alone. pip install '.[train]' brings it, "
@@ -69,9 +64,9 @@ class Journal:
             self._sums[name].index_add_(1, torch.tensor(numbers, device=values.device), values)
 
     def record(self, run: Optimisation, figures: dict[str, float]) -> None:
-        """Take a step's gradient norm; after every `every` steps, write a line. All workers call this at every step."""
+        """Take a step's gradient norm; after `every` steps, and the last, write a line. All workers call it always."""
         self._norms.append(figures["gradient_norm"])
-        if run.step % self.every:
+        if run.step % self.every and run.step < run.settings.steps:
             return
         names = [name for name in self.sets if name in self._sums]
         gathered = self.group.total(torch.cat([self._all, *(self._sums[name].flatten() for name in names)]))
@@ -90,7 +85,7 @@ class Journal:
             "stage": run.path.stem, "step": run.step, "seconds": round(run.seconds, 1),
             "lr": learning_rate(run.settings, run.step - 1), "loss": float(gathered[0]) / count,
             "gradient_norm": sum(finite) / max(len(finite), 1),
-            "samples_per_s": round(self.every * run.settings.batch_size / (time.monotonic() - self._began), 3),
+            "samples_per_s": round(len(self._norms) * run.settings.batch_size / (time.monotonic() - self._began), 3),
             "skipped": run.skipped, "overflows": run.overflows,
         }  # fmt: skip
         at = 2

@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import EngineError
-from engine.training.checkpointing import load_checkpoint, save_checkpoint
-from engine.training.gradients import Gradients, LossOfStep, ThreadedShares, trained
+from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json, write_atomically
+from engine.training.gradients import Gradients, Group, GroupGradients, LossOfStep, trained
 from engine.training.settings import OptimiserSettings
 
 log = logging.getLogger(__name__)
+
+LOG = "log.jsonl"
+"""Name of a run's log beside its checkpoints."""
+_FREE_KEYS = ("run", "out", "threads", "device", "checkpoint_s")
+"""Of a configuration: where a run computes and where its files go. They change its weights by rounding at most, and
+another machine may have to finish it."""
 
 
 class TrainingError(EngineError):
@@ -72,7 +78,7 @@ class Conduct:
     """How a run is done, apart from its loss; the default is one process that logs to log.jsonl."""
 
     gradients: Gradients | None = None
-    """None: in threads, one share each."""
+    """None: the whole step at once, in this process."""
     keys: dict[str, Any] = field(default_factory=dict)
     """What decides the weights, as JSON values; a checkpoint with other ones is refused."""
     record: Callable[["Optimisation", dict[str, float]], None] | None = None
@@ -88,18 +94,21 @@ class Conduct:
 class Optimisation:
     """Run a loss for the steps that are not done yet.
 
-    `path` is the checkpoint; the log beside it gets one JSON line per `log_every` steps.
+    `path` is the checkpoint; the log beside it gets one JSON line per `log_every` steps. Lines after the checkpoint are
+    dropped when a run goes on, so a killed run has each line once.
     """
 
     def __init__(
-        self, module: nn.Module, settings: OptimiserSettings, path: Path, checkpoint_s: float, shares: int = 1,
+        self, module: nn.Module, settings: OptimiserSettings, path: Path, checkpoint_s: float,
         conduct: Conduct | None = None,
     ) -> None:  # fmt: skip
         """Raises: TrainingError if the checkpoint in `path` belongs to a run with other keys."""
         self.module, self.settings, self.path = module, settings, path
-        self.checkpoint_s, self.shares, self.log_every = checkpoint_s, shares, 10
+        self.checkpoint_s, self.log_every = checkpoint_s, 10
         self.conduct = conduct or Conduct()
-        self.gradients = self.conduct.gradients or ThreadedShares(module, shares)
+        self.gradients = self.conduct.gradients or GroupGradients(
+            module, 1, Group(), torch.amp.GradScaler(enabled=False)
+        )
         self.record = self.conduct.record or Optimisation._write_log
         self.optimiser = torch.optim.AdamW(trained(module), lr=settings.lr, weight_decay=settings.weight_decay)
         self.average = WeightAverage(module, settings.ema)
@@ -135,6 +144,8 @@ class Optimisation:
 
         Raises: TrainingError when too many losses were not finite; CanvasError when the disk refuses a checkpoint.
         """
+        if self.conduct.writes:
+            drop_lines(self.path.parent / LOG, self.path.stem, self.step)
         if self.step >= self.settings.steps:
             return
         saved = began = time.monotonic()
@@ -187,7 +198,7 @@ class Optimisation:
             return
         line = {"stage": self.path.stem, "step": self.step, "seconds": round(self.seconds, 1),
                 "lr": learning_rate(self.settings, self.step - 1), **figures}  # fmt: skip
-        append_line(self.path.parent / "log.jsonl", line)
+        append_line(self.path.parent / LOG, line)
         if self.step % (10 * self.log_every) == 0:
             log.info(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in line.items()))
 
@@ -198,8 +209,41 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
+def drop_lines(path: Path, stage: str, step: int) -> None:
+    """Drop a stage's lines after `step` from a log, and torn ones; other stages of the run keep theirs."""
+
+    def stays(line: str) -> bool:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return False  # torn by a kill
+        return line.endswith("\n") and (found["stage"] != stage or found["step"] <= step)
+
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if stays(line)]
+    if kept != lines:
+        write_atomically(path, lambda partial: partial.write_text("".join(kept)))
+
+
+def settle(run: Path, values: dict[str, Any], free: Collection[str] = ()) -> None:
+    """Note a run's configuration, and what else decides its files, in config.json, before any of them is made.
+
+    `free` are top-level keys that a continued run may change, beside those of every run (_FREE_KEYS).
+    Raises: TrainingError if the folder holds a run with other values; its config.json then stays.
+    """
+    path, now = run / "config.json", json.loads(json.dumps(values))  # as JSON gives it back: tuples are lists
+
+    def deciding(keys: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in keys.items() if key not in (*_FREE_KEYS, *free)}
+
+    if path.exists():
+        check_keys(path, deciding(json.loads(path.read_text())), deciding(now))
+    save_json(path, now)
+
+
 def check_keys(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Refuse to continue a run with other keys. Raises: TrainingError naming each, old and new."""
+    """Refuse to continue a run with other keys. Raises: TrainingError naming each, old and new, nested ones dotted."""
+    old, new = _flat(old), _flat(new)
 
     def show(keys: dict[str, Any], key: str) -> str:
         return repr(keys[key])[:120] if key in keys else "absent"
@@ -210,3 +254,10 @@ def check_keys(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
             f"{path} must belong to this run; it was trained otherwise: {'; '.join(differing)}. Use the old values to "
             "continue it, or another run folder to begin anew."
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found

@@ -10,9 +10,9 @@ import torch
 
 from engine.training.autoencoder import encode_tiles
 from engine.training.cells import encode_regions, fit_encoder
-from engine.training.checkpointing import save_json
 from engine.training.data import HELDOUT_SEED, render_regions
 from engine.training.export import fit_colour_maps, save_reconstructions, write_model
+from engine.training.loop import settle
 from engine.training.settings import DemoConfig
 from engine.training.stages import (
     DEMO_SCALE,
@@ -25,10 +25,13 @@ from engine.training.stages import (
 
 
 def train(config: DemoConfig) -> None:
-    """Run every stage that is not done yet and write the model to config.out."""
+    """Run every stage that is not done yet and write the model to config.out.
+
+    Raises: TrainingError for a run folder of other settings: a stage's file does not say what it was made with.
+    """
     torch.set_num_threads(config.threads)
     run = Path(config.run)
-    save_json(run / "config.json", asdict(config))
+    settle(run, asdict(config))
     training, heldout = render_regions(run, config.data, DEMO_SCALE, config.threads)
     model = build_model(config)
     train_autoencoder(model, training, config)

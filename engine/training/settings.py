@@ -36,7 +36,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Which phantoms are rendered, and how many tiles of each magnification are kept."""
+    """Which phantoms are rendered, and how many of their tiles are drawn to fit and to measure on."""
 
     train_regions: int = 28
     """Regions to learn from; their seeds are 0, 1, 2, ..."""
@@ -45,7 +45,8 @@ class DataSettings:
     region_cells: int = 32
     """Side of a region in cells of 256 base px (32 = 8192 px = 4.1 mm at 0.5 µm/px)."""
     train_tiles: tuple[int, ...] = (5400, 1200, 1800, 1200, 2400)
-    """Training tiles per magnification, base first."""
+    """Training tiles drawn per magnification, base first. Codebook and scale of latents are fitted to a thirtieth of
+    them; the crops that are trained on come from anywhere in the regions."""
     heldout_tiles: int = 24
     """Held-out tiles per magnification."""
     encoder_cells: int = 2048

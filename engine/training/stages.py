@@ -82,7 +82,7 @@ def train_autoencoder(model: ZoomLDM, train: Regions, config: DemoConfig) -> Non
     plain = ae.PlainAutoencoder(vae).to(config.device)
     _optimise(
         plain, settings.plain, run / "plain.pt", config,
-        lambda step, _share: ae.plain_loss(
+        lambda step, _part: ae.plain_loss(
             plain, *batch(ae.PLAIN, step, settings.plain.batch_size), settings, config.bfloat16),
     )  # fmt: skip
     fit_codebook(model, train, config)
@@ -90,7 +90,7 @@ def train_autoencoder(model: ZoomLDM, train: Regions, config: DemoConfig) -> Non
     decoder = ae.QuantisedDecoder(vae).requires_grad_(True)
     _optimise(
         decoder, settings.quantised, run / "quantised.pt", config,
-        lambda step, _share: ae.quantised_loss(
+        lambda step, _part: ae.quantised_loss(
             vae, *batch(ae.QUANTISED, step, settings.quantised.batch_size), settings, config.bfloat16),
     )  # fmt: skip
     vae.requires_grad_(False).eval()

@@ -63,7 +63,9 @@ def test_a_killed_run_ends_as_an_undisturbed_one(root: Path, straight: JointConf
     with pytest.raises(Killed):
         once.run()
     with (root / "killed" / "log.jsonl").open("a") as file:
-        file.write('{"step": 5, "loss": 0.0}\n{"step": 6, "lo')  # of a later kill, the last line torn
+        file.write(
+            '{"stage": "denoiser", "step": 5, "loss": 0.0}\n{"stage": "denoiser", "step": 6, "lo'
+        )  # of a later kill, the last line torn
     assert learning(config).optimisation.step == 4
     joint.train(config)
     expected, got = weights_of("straight", root), weights_of("killed", root)
