@@ -83,21 +83,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def keys_of(train: AccumulatedSettings, **more: Any) -> dict[str, Any]:
-    """Return what decides the weights, by dotted name; a checkpoint made with other values is not continued."""
+    """Return what decides the weights; a checkpoint made with other values is not continued."""
     settings = {name: value for name, value in asdict(train).items() if name not in _MAY_CHANGE}
     if train.decay == "constant":
         del settings["steps"]  # longer or shorter, it is the same run
-    return _flat({"train": settings, **more})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = list(value) if isinstance(value, tuple) else value
-    return found
+    return {"train": settings, **more}
 
 
 class Learning(Generic[P]):
