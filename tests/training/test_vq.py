@@ -3,12 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from known_run import NETWORKS, write_autoencoder, write_data
+from known_run import NAMES, NETWORKS, write_autoencoder, write_data
 
-from engine.errors import PreparedError
+from engine.errors import PreparedError, PreparedMismatchError
 from engine.model.zoomldm import ZoomLDM
 from engine.training import vq
 from engine.training.joint_settings import InitialSettings, OutputSettings, WorkerSettings
@@ -54,3 +55,26 @@ def test_codebook_encoder_and_decoder_all_learn(tmp_path: Path) -> None:
 def test_a_set_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PreparedError, match="--keep_images"):
         AutoencoderLesson(replace(config_of(tmp_path, images=False)))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"encoder": "uni"}, "encoder is 'demo', not 'uni'"),
+        ({"ssl_dim": 8}, "ssl_dim is 16, not 8"),
+        ({"base_mpp": 0.25}, "base_mpp is 0.5, not 0.25"),
+        ({"magnifications": ("1x", "2x", "3x", "4x")}, "magnifications is"),
+    ],
+)
+def test_a_set_of_another_domain_is_refused(tmp_path: Path, change: dict[str, Any], word: str) -> None:
+    """Before a step: the slides could not be prepared again with what would be written."""
+    config = config_of(tmp_path)
+    with pytest.raises(PreparedMismatchError, match=word):
+        vq.train(replace(config, model=replace(NETWORKS, **change)))
+
+
+@pytest.mark.parametrize("names", [NAMES[:2], (*NAMES, "1.25x")])
+def test_the_set_may_go_less_or_more_far_than_the_model(tmp_path: Path, names: tuple[str, ...]) -> None:
+    config = config_of(tmp_path)
+    lesson = AutoencoderLesson(replace(config, model=replace(NETWORKS, magnifications=names)))
+    assert lesson.source.names == NAMES
