@@ -12,6 +12,7 @@ from known_run import NAMES, NETWORKS, write_autoencoder, write_data
 from engine.errors import PreparedError, PreparedMismatchError
 from engine.model.zoomldm import ZoomLDM
 from engine.training import vq
+from engine.training.cost import training_table
 from engine.training.joint_settings import InitialSettings, OutputSettings, WorkerSettings
 from engine.training.vq import AutoencoderLesson
 from engine.training.vq_settings import VQConfig, VQSettings
@@ -78,3 +79,23 @@ def test_the_set_may_go_less_or_more_far_than_the_model(tmp_path: Path, names: t
     config = config_of(tmp_path)
     lesson = AutoencoderLesson(replace(config, model=replace(NETWORKS, magnifications=names)))
     assert lesson.source.names == NAMES
+
+
+def test_the_plan_counts_the_magnifications_of_the_set(tmp_path: Path) -> None:
+    """The model knows two more: they take no share of the draws."""
+    config = config_of(tmp_path)
+    further = replace(NETWORKS, magnifications=(*NAMES, "1.25x", "0.625x"))
+    said = training_table(replace(config, model=further)).splitlines()
+    assert [line.split() for line in said[2:6]] == [[name, "4", "3.0", "times"] for name in NAMES]
+    assert said[6].startswith("step")
+    with pytest.raises(PreparedMismatchError, match="encoder is 'demo', not 'uni'"):
+        training_table(replace(config, model=replace(NETWORKS, encoder="uni")))
+
+
+def test_the_plan_says_when_it_guessed_the_workers(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    known = [WorkerSettings(enabled=False), WorkerSettings(enabled=False, workers=2), WorkerSettings(workers=2)]
+    told = [training_table(replace(config, ray=ray)) for ray in [WorkerSettings(), *known]]
+    assert [("--ray.workers" in text, text.partition(" worker(s)")[0][-1]) for text in told] == [
+        (True, "1"), (False, "1"), (False, "1"), (False, "2"),
+    ]  # fmt: skip
