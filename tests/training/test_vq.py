@@ -9,7 +9,7 @@ import pytest
 import torch
 from known_run import NAMES, NETWORKS, write_autoencoder, write_data
 
-from engine.errors import PreparedError, PreparedMismatchError
+from engine.errors import CheckpointError, PreparedError, PreparedMismatchError
 from engine.model.zoomldm import ZoomLDM
 from engine.training import vq
 from engine.training.cost import training_table
@@ -99,3 +99,12 @@ def test_the_plan_says_when_it_guessed_the_workers(tmp_path: Path) -> None:
     assert [("--ray.workers" in text, text.partition(" worker(s)")[0][-1]) for text in told] == [
         (True, "1"), (False, "1"), (False, "1"), (False, "2"),
     ]  # fmt: skip
+
+
+def test_the_ldm_layout_is_refused_before_a_step(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    output = replace(config.output, ldm=str(tmp_path / "ldm"))
+    mute = replace(NETWORKS, prediction_type="v_prediction")
+    with pytest.raises(CheckpointError, match="no words for prediction_type='v_prediction'"):
+        vq.train(replace(config, model=mute, output=output))
+    assert not (tmp_path / "run" / "autoencoder.pt").exists()
