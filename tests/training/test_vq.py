@@ -1,19 +1,24 @@
 """The autoencoder learns to give pictures back, and what is written carries it."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from known_prepared import write_slide
 from known_run import NAMES, NETWORKS, write_autoencoder, write_data
+from torch import Tensor
 
 from engine.errors import CheckpointError, PreparedError, PreparedMismatchError
 from engine.model.zoomldm import ZoomLDM
+from engine.prepared_facts import read_set_facts
 from engine.training import vq
 from engine.training.cost import training_table
 from engine.training.joint_settings import InitialSettings, OutputSettings, WorkerSettings
+from engine.training.loop import TrainingError
 from engine.training.vq import AutoencoderLesson
 from engine.training.vq_settings import VQConfig, VQSettings
 
@@ -108,3 +113,77 @@ def test_the_ldm_layout_is_refused_before_a_step(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no words for prediction_type='v_prediction'"):
         vq.train(replace(config, model=mute, output=output))
     assert not (tmp_path / "run" / "autoencoder.pt").exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+def left_by(folder: Path) -> tuple[dict[str, Tensor], list[float]]:
+    """Return weights, averages and moments of a run, and its curve."""
+    state = torch.load(folder / "autoencoder.pt", weights_only=True)
+    moments = {f"{i}.{k}": v for i, m in state["optimiser"]["state"].items() for k, v in m.items()}
+    curve = [json.loads(line)["loss"] for line in (folder / "log.jsonl").read_text().splitlines()]
+    return state["module"] | {f"average.{k}": v for k, v in state["average"].items()} | moments, curve
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = replace(LEARN, steps=4, batch_size=2)
+    config = replace(config_of(tmp_path), checkpoint_s=1e-9, train=short, log_every=1)
+    monkeypatch.setattr(AutoencoderLesson, "fidelity", lambda _: {})  # most of the time of so short a run
+    vq.train(replace(config, run=str(tmp_path / "whole")))
+    read = AutoencoderLesson.read
+
+    def read_until(lesson: AutoencoderLesson, samples: Any, step: int) -> Any:
+        if step == 2:
+            raise Killed
+        return read(lesson, samples, step)
+
+    monkeypatch.setattr(AutoencoderLesson, "read", read_until)
+    with pytest.raises(Killed):
+        vq.train(config)
+    monkeypatch.setattr(AutoencoderLesson, "read", read)
+    assert torch.load(tmp_path / "run" / "autoencoder.pt", weights_only=True)["step"] == 2
+    vq.train(config)
+    (expected, curve), (got, again) = left_by(tmp_path / "whole"), left_by(tmp_path / "run")
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(value, got[name]) for name, value in expected.items())
+    assert again == curve
+
+
+def test_a_loss_that_is_not_finite_names_its_patch_and_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(config_of(tmp_path), train=replace(LEARN, max_skipped=0))
+    losses, lesson = AutoencoderLesson.losses, AutoencoderLesson(config)
+    culprit = lesson.name(lesson.draw(1)[2])
+
+    def spoilt(lesson: AutoencoderLesson, call: Any, part: Any) -> Any:
+        found, classes = losses(lesson, call, part)
+        bad = torch.tensor([sample == culprit for sample in map(lesson.name, part.samples)])
+        return torch.where(bad, torch.nan, found), classes
+
+    monkeypatch.setattr(AutoencoderLesson, "losses", spoilt)
+    with pytest.raises(TrainingError, match=re.escape(culprit)) as stop:
+        vq.train(config)
+    assert str(stop.value).count(" patch ") == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_images_that_are_cut_off_are_named(tmp_path: Path) -> None:
+    config = config_of(tmp_path)
+    path = tmp_path / "data" / "slides" / "left" / "10x" / "images.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PreparedError, match=r"left/10x/images\.npy must hold all of its .* it is cut off"):
+        vq.train(config)
+
+
+def test_another_seed_or_set_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoencoderLesson, "fidelity", lambda _: {})
+    config = replace(config_of(tmp_path), train=replace(LEARN, steps=1))
+    vq.train(config)
+    with pytest.raises(TrainingError, match="seed was 0, now 1"):
+        vq.train(replace(config, seed=1))
+    write_slide(tmp_path / "data", read_set_facts(tmp_path / "data"), "late", {"20x": [(0, 0)]}, images=True)
+    with pytest.raises(TrainingError, match="data was"):
+        vq.train(config)
