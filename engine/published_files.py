@@ -42,7 +42,8 @@ def import_set(source: Path, out: Path, shared: SetFacts) -> dict[str, int]:
     Run again to continue. A latent that is not finite float (3, 64, 64) is left out and counted as dropped, as the
     published loader does.
     Raises: PreparedMismatchError if the SSL grids are not `shared.ssl_dim` wide; PreparedError if nothing is there, a
-    grid is missing or of another size, or too many latents are unusable; CanvasError if the disk refuses.
+    grid is missing or of another size, some pictures are missing, too many latents are unusable, or what was imported
+    before is not what lies there now; CanvasError if the disk refuses.
     """
     found = {name: _numbers(source / name) for name in shared.magnifications}
     if not any(found.values()):
@@ -70,16 +71,23 @@ def _numbers(folder: Path) -> dict[int, Path]:
 def _import_part(out: Path, shared: SetFacts, name: str, number: int, stems: Sequence[Path]) -> int:
     """Import some patches as if they were a slide; return how many are there."""
     slide = f"published_{name}_{number:05d}"
+    digest = _digest(stems)
     if (slide_folder(out, slide) / SLIDE).is_file():
-        return read_slide_facts(out, slide).counts[name]
+        known = read_slide_facts(out, slide)
+        if known.source_digest != digest:
+            raise PreparedError(
+                f"{stems[0].parent} must hold the patches that {slide} was imported of; they are others now, "
+                f"{len(stems)} from {stems[0].name} to {stems[-1].name}. Remove {slide_folder(out, slide)} to import "
+                "them again, or name another --out."
+            )
+        return known.counts[name]
     side = _read_grid(stems[0], shared).shape[-1]
     if side > shared.scale.factor(name):
         raise PreparedError(
             f"{stems[0]}{GRIDS[shared.domain]} must cover at most {shared.scale.factor(name)} cells on each axis at "
             f"{name}; it has {side}. Check that the folder is of this magnification."
         )
-    images = all(_picture(stem, shared.domain).is_file() for stem in stems)
-    digest = hashlib.sha256("\n".join(map(str, stems)).encode()).hexdigest()
+    images = _has_pictures(stems, shared.domain)
     facts = SlideFacts(
         slide=slide, path=str(stems[0].parent), size=(0, 0), mpp=(shared.base_mpp, shared.base_mpp),
         mpp_source="imported", source_digest=digest, cells=None, counts={}, images=images,
@@ -104,6 +112,29 @@ def _import_part(out: Path, shared: SetFacts, name: str, number: int, stems: Seq
             f"{slide_folder(out, slide)}."
         )
     return writer.finish().counts[name]
+
+
+def _digest(stems: Sequence[Path]) -> str:
+    """Return the SHA-256 of the patches' names and the first and the last latent, wherever their folder lies.
+
+    It tells that patches came, went or are of another set without reading them all.
+    """
+    sha = hashlib.sha256("\n".join(stem.name for stem in stems).encode())
+    for stem in (stems[0], stems[-1]):
+        sha.update(_read_latent(stem).tobytes())
+    return sha.hexdigest()
+
+
+def _has_pictures(stems: Sequence[Path], domain: str) -> bool:
+    """Raises: PreparedError if only some patches have theirs: a set without images cannot train an autoencoder, and
+    nobody would learn why."""
+    missing = [stem for stem in stems if not _picture(stem, domain).is_file()]
+    if 0 < len(missing) < len(stems):
+        raise PreparedError(
+            f"all patches of a part must have their picture, or none; {len(missing)} of {len(stems)} have none, the "
+            f"first {_picture(missing[0], domain)}. Restore it, or remove the patch."
+        )
+    return not missing
 
 
 def _read_latent(stem: Path) -> NDArray[np.float16]:

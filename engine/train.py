@@ -5,8 +5,9 @@
     python -m engine.train --config configs/train_brca.yaml --run RUN --export
     python -m engine.train --config configs/train_demo.yaml
 
-`task` in the configuration says what is trained. The same command continues a run that was killed. This module may
-name `actors`, and only inside the function that is called when Ray is wanted.
+`task` in the configuration says what is trained; --plan and --export are of the tasks on a prepared set, denoiser and
+autoencoder. The same command continues a run that was killed. This module may name `actors`, and only inside the
+function that is called when Ray is wanted.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
@@ -37,8 +38,13 @@ FLAGS = {
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
-    task = TASKS[peek(argv, "task", list(TASKS), PROG)]
+    name = peek(argv, "task", list(TASKS), PROG)
+    task = TASKS[name]
     if task.export is None:
+        if given := [f"--{flag}" for flag in FLAGS if f"--{flag}" in argv]:
+            others = " or ".join(other for other, that in TASKS.items() if that.export is not None)
+            sys.stderr.write(f"{PROG}: {given[0]} needs the task {others}; task is {name}. Leave {given[0]} out.\n")
+            return 2
         return _logged(parse(argv, task.schema, PROG, DESCRIPTION), task.train)
     config, flags = parse_with_flags(argv, task.schema, PROG, DESCRIPTION, FLAGS)
     if "plan" in flags:

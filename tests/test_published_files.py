@@ -127,3 +127,29 @@ def test_foreign_and_missing_grids_are_refused(tmp_path: Path) -> None:
     np.save(source / "20x" / "0" / "0_uni_grid.npy", np.zeros((16, 4), np.float16))
     with pytest.raises(PreparedError, match="at most 1 cells on each axis at 20x; it has 2"):
         import_set(source, tmp_path / "other", FACTS)
+
+
+def test_patches_that_came_after_an_import_are_not_passed_over(tmp_path: Path) -> None:
+    source = write_published(tmp_path / "published", "brca", {"20x": 3})
+    assert import_set(source, tmp_path / "out", FACTS)["20x"] == 3
+    source = source.rename(tmp_path / "moved")  # in another place it is the same set
+    assert import_set(source, tmp_path / "out", FACTS)["20x"] == 3
+    write_published(source, "brca", {"20x": 4})
+    again = "they are others now, 4 from 0 to 3. Remove .*published_20x_00000"
+    with pytest.raises(PreparedError, match=again):
+        import_set(source, tmp_path / "out", FACTS)
+    other = write_published(tmp_path / "other", "brca", {"20x": 3})
+    np.save(other / "20x" / "0" / "0_vae.npy", np.ones((3, 64, 64), np.float32))
+    with pytest.raises(PreparedError, match="they are others now, 3 from 0 to 2"):
+        import_set(other, tmp_path / "out", FACTS)
+
+
+def test_a_missing_picture_is_named(tmp_path: Path) -> None:
+    source = write_published(tmp_path / "published", "brca", {"20x": 3}, with_images=True)
+    (source / "20x" / "0" / "1_img.npy").unlink()
+    with pytest.raises(PreparedError, match=r"1 of 3 have none, the first .*1_img\.npy"):
+        import_set(source, tmp_path / "out", FACTS)
+    for number in (0, 2):
+        (source / "20x" / "0" / f"{number}_img.npy").unlink()
+    import_set(source, tmp_path / "out", FACTS)
+    assert not PreparedSet(tmp_path / "out").has_images

@@ -23,7 +23,7 @@ from engine.prepared import PreparedSet
 from engine.prepared_facts import DATASET
 from engine.training.joint import network_config, open_source
 from engine.training.joint_settings import AccumulatedSettings, JointConfig, LearningConfig
-from engine.training.vq import AutoencoderNetworks
+from engine.training.vq import AutoencoderNetworks, open_images
 from engine.training.vq_settings import VQConfig
 
 Forward = Callable[[int], Tensor]
@@ -39,7 +39,8 @@ def training_table(config: JointConfig | VQConfig) -> str:
     networks = build_networks(model, "meta")
     trained, forward = work_of(config, model, networks)
     train = config.train
-    workers = config.ray.workers or 1
+    workers = (config.ray.workers or 1) if config.ray.enabled else 1
+    guessed = config.ray.enabled and config.ray.workers is None
     at_once = max(1, train.batch_size // (workers * train.accumulate))
     flop, saved, kept = step_cost(trained, forward)
     checkpointing = isinstance(config, JointConfig) and config.train.gradient_checkpointing
@@ -51,7 +52,8 @@ def training_table(config: JointConfig | VQConfig) -> str:
     lines = [
         f"model           {sizes} parameters; {own / 1e6:.1f} M of them are trained",
         *_data_lines(config, model, train),
-        f"step            {train.batch_size} patches = {workers} worker(s) x {train.accumulate} part(s) x {at_once}",
+        f"step            {train.batch_size} patches = {workers} worker(s) x {train.accumulate} part(s) x {at_once}"
+        f"{' (as if of one; by default every GPU is one: give --ray.workers for theirs)' if guessed else ''}",
         f"FLOP            {flop / 1e12:,.2f} TFLOP a patch, {flop * train.batch_size / 1e15:,.3f} PFLOP a step, "
         f"{flop * train.batch_size * train.steps / 1e18:,.1f} EFLOP in {train.steps:,} steps",
         f"memory          {own * _STATE_NBYTES / 2**30:,.2f} GiB weights, gradients, average and optimiser + about "
@@ -134,20 +136,22 @@ def work_of(config: LearningConfig, model: ModelConfig, networks: Networks) -> t
 
 def _data_lines(config: LearningConfig, model: ModelConfig, train: AccumulatedSettings) -> list[str]:
     """Say how often each magnification is drawn, and how many patches it has where the set is there."""
-    names = model.magnifications
-    weights = train.magnification_weights or (1.0,) * len(names)
-    drawn = [train.steps * train.batch_size * weight / sum(weights) for weight in weights]
+    draws = train.steps * train.batch_size
     if not (Path(config.data) / DATASET).is_file():
+        names = model.magnifications
+        weights = train.magnification_weights or (1.0,) * len(names)
         lines = [f"data            no prepared set in {config.data} yet; drawn in {train.steps:,} steps:"]
-        return lines + [f"  {name:10} {count / 1e6:12,.2f} M" for name, count in zip(names, drawn, strict=False)]
+        drawn = zip(names, weights, strict=False)
+        return lines + [f"  {name:10} {draws * w / sum(weights) / 1e6:12,.2f} M" for name, w in drawn]
     data = PreparedSet(config.data)
-    source = open_source(data, model) if isinstance(config, JointConfig) else None
+    source = open_source(data, model) if isinstance(config, JointConfig) else open_images(data, model)
     lines = [
         f"data            {config.data}: {len(data.slides)} slides, {data.facts.encoder}; patches, and how often each"
     ]
-    for level, (name, count) in enumerate(zip(names, drawn, strict=False)):
-        patches = data.count(level) if source is None else source.count(level)
-        lines.append(f"  {name:10} {patches:12,} {count / max(patches, 1):12,.1f} times")
+    chances = source.weights(train.magnification_weights)  # the source's names: a set may end before the model does
+    for level, (name, chance) in enumerate(zip(source.names, chances, strict=True)):
+        patches = source.count(level)
+        lines.append(f"  {name:10} {patches:12,} {draws * chance / max(patches, 1):12,.1f} times")
     return lines
 
 

@@ -70,12 +70,18 @@ def network_config(settings: NetworkSettings) -> ModelConfig:
 
 
 def build_model(config: LearningConfig) -> ZoomLDM:
-    """Return the model with its initial weights, float32 on the CPU. Raises: CheckpointError."""
+    """Return the model with its initial weights, float32 on the CPU.
+
+    Raises: CheckpointError, also when `output.ldm` is asked for and cannot express this model: now, not after weeks.
+    """
     initial = config.initial
     if initial.model is not None:
-        return ZoomLDM.from_pretrained(initial.model, initial.variant)
-    torch.manual_seed(config.seed)
-    model = ZoomLDM(network_config(config.model))
+        model = ZoomLDM.from_pretrained(initial.model, initial.variant)
+    else:
+        torch.manual_seed(config.seed)
+        model = ZoomLDM(network_config(config.model))
+    if config.output.ldm is not None:
+        ldm_config(model.config)
     if initial.unet is not None:
         load_part(model.unet, "unet", initial.unet, model.config)
     if initial.vae is not None:
@@ -205,8 +211,6 @@ class DenoiserLesson:
 def train(config: JointConfig, group: Group = ALONE) -> None:
     """Train, or continue, and write the model. Raises: EngineError."""
     torch.set_num_threads(config.threads)
-    if config.output.ldm is not None and config.initial.model is None:
-        ldm_config(network_config(config.model))  # refused now rather than after weeks
     Learning(config, DenoiserLesson(config, writes=group.rank == 0), config.train, group).run()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from engine.errors import PreparedError
 from engine.magnification import TILE_PX
+from engine.model.config import ModelConfig
 from engine.model.ldm_export import write_ldm
 from engine.prepared import PreparedSet
 from engine.training.autoencoder import psnr
@@ -61,26 +62,36 @@ class Crops:
         return Crops(self.samples, self.images.pin_memory())
 
 
+def open_images(data: PreparedSet, model: ModelConfig) -> PatchSource:
+    """Return the set's patches, at all of its magnifications. Raises: PreparedError without images;
+    PreparedMismatchError for a set of another domain: the slides are to be prepared again with this model's facts.
+    """
+    if not data.has_images:
+        raise PreparedError(
+            f"{data.folder} must hold images to train an autoencoder on; it was prepared without --keep_images. "
+            "Prepare the slides again with it."
+        )
+    # An autoencoder does not ask how coarse a set goes, so names are compared as far as both have them.
+    known = model.magnifications[: len(data.magnifications)]
+    known += data.magnifications[len(known) :]
+    data.require(encoder=model.encoder, ssl_dim=model.ssl_dim, base_mpp=model.base_mpp, magnifications=known)
+    return PatchSource(data, data.magnifications, side=1)
+
+
 class AutoencoderLesson:
     """Encoder, codebook and decoder learn to give patches back."""
 
     def __init__(self, config: VQConfig) -> None:
         """Raises: PreparedError or CheckpointError for what does not fit together."""
         self.config, self.stem, self.device = config, STEM, choose_device(config.device)
-        data = PreparedSet(config.data)
-        if not data.has_images:
-            raise PreparedError(
-                f"{config.data} must hold images to train an autoencoder on; it was prepared without --keep_images. "
-                "Prepare the slides again with it."
-            )
-        self.source = PatchSource(data, data.magnifications, side=1)
-        self.chances = self.source.weights(config.train.magnification_weights)
         self.model = build_model(config)
+        self.source = open_images(PreparedSet(config.data), self.model.config)
+        self.chances = self.source.weights(config.train.magnification_weights)
         self.model.extras.clear()  # fitted to the autoencoder that was
         self.networks = AutoencoderNetworks(self.model.to(self.device).vae).train()
         self.keys = keys_of(
             config.train, seed=config.seed, precision=config.precision, initial=asdict(config.initial),
-            model=self.model.config.vae, data=data.digest,
+            model=self.model.config.vae, data=self.source.data.digest,
         )  # fmt: skip
         self.sets: dict[str, Sequence[str]] = {"loss_at": self.source.names}
 

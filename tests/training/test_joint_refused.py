@@ -146,3 +146,15 @@ def test_the_ldm_layout_is_refused_before_training(root: Path) -> None:
     config = tiny_config(root, "no", model=replace(NETWORKS, unet_channels=(32, 64), groups=16), output=output)
     with pytest.raises(CheckpointError, match="norm_num_groups"):
         joint.train(config)
+
+
+def test_the_ldm_layout_is_refused_to_a_whole_model_that_it_cannot_say(root: Path) -> None:
+    """As to the demo, which predicts v: its configuration says nothing of that."""
+    torch.manual_seed(7)
+    whole = root / "v_prediction"
+    ZoomLDM(joint.network_config(replace(NETWORKS, prediction_type="v_prediction"))).save_pretrained(whole)
+    output = OutputSettings(folder=str(root / "never"), ldm=str(root / "never_ldm"))
+    config = tiny_config(root, "never", initial=InitialSettings(model=str(whole)), output=output)
+    with pytest.raises(CheckpointError, match="no words for prediction_type='v_prediction'"):
+        joint.train(config)
+    assert not (root / "never" / "denoiser.pt").exists()
