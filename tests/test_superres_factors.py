@@ -66,3 +66,23 @@ def test_reduced_by_its_factor_the_result_is_the_picture(
     assert json.loads((run / "report.json").read_text())["consistency_psnr_db"] >= 30
     assert list(image.provenance["config"]["canvas.levels"]) == levels
     assert np.load(run / STORED).shape == (16, *cells)
+
+
+def test_a_picture_larger_than_a_guide_tile_and_not_square(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two windows on each axis, which share a row and a column of vectors; sides that no cell and no tile divides."""
+    low, run = write_picture(tmp_path / "low.png", 258, 300), tmp_path / "run"
+    argv = [*flags, "--scale=2", "--sampling.stride=200", f"--output.folder={run}"]
+    assert superres.main([str(tmp_path / "low.png"), *argv]) == 0
+    assert "condition inversion: 4 window(s)" in capsys.readouterr().err
+    grid = np.load(run / STORED)
+    start = np.random.default_rng(np.random.SeedSequence(0)).standard_normal((16, 3, 3), dtype=np.float32)
+    moved = np.abs(grid - start).max(axis=0)
+    assert moved.min() > 0.05, "a vector that no window taught stays where it began; Adam's first step is 0.1"
+    image = Image.open(run / "image.ome.zarr")
+    found = image.read(0, 516)
+    assert found.shape == (3, 516, 600)
+    assert agreement_db(found, low, 2) >= 30
+    guide = np.asarray(PIL.Image.open(run / "guide.png"))
+    assert np.array_equal(guide[:258, :300], low)
