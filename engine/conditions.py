@@ -123,15 +123,20 @@ def _from_picture(
         dtype = getattr(torch, config.model.dtype)
         encoder = load_encoder(model.config.encoder, config.model.encoder_source, model.extras, device, dtype)
         grid = embedding_grid(picture, encoder)
-        h, w = plan.grid_shape
-        if grid.shape[1:] != (h, w):
-            progress.say(
-                f"{reference} covers {grid.shape[1]} x {grid.shape[2]} cells, the canvas {h} x {w}: what is too much "
-                "is left out, what is missing is mirrored."
-            )
-        return cover_canvas(grid, h, w, model.config.ssl_dim, reference)
+        return _covering(grid, plan, model.config.ssl_dim, reference, progress)
 
     return _kept_or(config, _sha256(picture, str(plan.grid_shape).encode()), embed)
+
+
+def _covering(grid: np.ndarray, plan: Plan, dim: int, source: str, progress: Progress) -> np.ndarray:
+    """Fit a picture's grid to the canvas, and tell the user where that repeats or drops a part of it."""
+    h, w = plan.grid_shape
+    if grid.shape[1:] != (h, w):
+        progress.say(
+            f"{source} covers {grid.shape[1]} x {grid.shape[2]} cells, the canvas {h} x {w}: what is too much is left "
+            "out, what is missing is mirrored."
+        )
+    return cover_canvas(grid, h, w, dim, source)
 
 
 def _from_guide(
@@ -160,7 +165,7 @@ def _from_cdm(config: RunConfig, model: ZoomLDM, plan: Plan, device: str, progre
             summary = sample_summaries(cdm, level.index, 1, config.cdm_steps, seed)
             drawn = PatchSampler("ddim", DREAM_STEPS, 1 + config.sampling.weight, seed).draw_from(model, summary)[0]
             grid = _recovered(config, to_uint8(drawn).transpose(1, 2, 0), model, plan, progress)
-        return cover_canvas(grid, *plan.grid_shape, model.config.ssl_dim, "the CDM's picture")
+        return _covering(grid, plan, model.config.ssl_dim, "the CDM's picture", progress)
 
     weights = hashlib.sha256()
     hash_tensors(weights, "cdm", cdm.state_dict())

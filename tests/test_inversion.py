@@ -113,6 +113,16 @@ def test_a_larger_picture_is_one_grid(model: ZoomLDM) -> None:
     assert np.isfinite(grid).all()
 
 
+def test_each_window_sees_its_part_of_the_picture(model: ZoomLDM) -> None:
+    """Windows of 4 vectors, 2 apart: at 5x a vector is 64 px."""
+    windows = Windows.over((300, 384), FIVE, QUICK)
+    picture = np.random.default_rng(1).uniform(-1, 1, (3, *windows.size_px)).astype(np.float32)
+    corners = [(0, 0), (0, 128), (64, 0), (64, 128)]
+    with torch.no_grad():
+        parts = [model.encode(torch.from_numpy(picture[None, :, y : y + 256, x : x + 256])) for y, x in corners]
+    torch.testing.assert_close(encode_windows(model, picture, windows), torch.cat(parts), rtol=1e-4, atol=1e-4)
+
+
 def test_cells_that_the_conditioner_would_average_share_a_vector(model: ZoomLDM) -> None:
     config = tiny_config(magnifications=("20x", "10x", "5x", "2.5x", "1.25x"))
     grid = found(ZoomLDM(config), (256, 256), level=Level("1.25x", 16, 4, 64, 64))

@@ -91,6 +91,23 @@ def test_seed_and_cdm_decide_the_grid(made: Path, inputs: list[str], tmp_path: P
     assert not np.array_equal(grid(tmp_path / "run"), grid(made))
 
 
+def test_a_canvas_larger_than_the_coarsest_tile_repeats_the_dream_mirrored(
+    inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At 10x a tile covers 2 x 2 cells: of 4 columns the last two are the first two again, and the user is told."""
+    larger = ["--canvas.levels=[10x, 20x]", "--canvas.height=320", "--canvas.width=1024", "--sampling.start=500"]
+    assert generate_large.main([*inputs, *larger, f"--output.folder={tmp_path / 'run'}"]) == 0
+    said = "the CDM's picture covers 2 x 2 cells, the canvas 2 x 4: what is too much is left out, what is missing is"
+    assert said in capsys.readouterr().err
+    found = grid(tmp_path / "run")
+    assert found.shape == (16, 2, 4)
+    assert np.array_equal(found[:, :, 2:], found[:, :, 1::-1])
+    assert not np.array_equal(found[:, :, 0], found[:, :, 1])
+    pixels = Image.open(tmp_path / "run" / "image.ome.zarr").read(0, 256)
+    assert pixels.shape == (3, 256, 1024)
+    assert not np.array_equal(pixels[..., 768:], pixels[..., :256]), "conditions repeat, noise does not"
+
+
 def test_a_model_without_a_cdm(inputs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [flag for flag in inputs if not flag.startswith("--model.cdm_source")]
     assert generate_large.main([*argv, f"--output.folder={tmp_path / 'run'}"]) == 1

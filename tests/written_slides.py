@@ -1,7 +1,7 @@
 """Slides written for tests: a printed ruler on phantom tissue, and pyramids with every odd habit of writers."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from engine.slides.phantom import Phantom
 
 STEP_UM, BAR_UM, MARGIN_UM = 100.0, 8.0, 60.0
 """A bar of BAR_UM is centred at each multiple of STEP_UM (0 excepted), on a white margin along two edges."""
+METRES = {1024: 1, 3072: 26918, 3076: 9001}
+"""GeoTIFF keys of a projected system (UTM 18N) in metres."""
 
 
 def bars(count: int, mpp: float) -> np.ndarray:
@@ -97,6 +99,18 @@ def write_tiff(
                 metadata=None,
                 **more,
             )
+    return path
+
+
+def write_geotiff(
+    path: Path, keys: Mapping[int, int], scale: tuple[float, ...] = (0.6, 0.6, 0.0), picture: np.ndarray | None = None
+) -> Path:
+    """Write a picture from above, or a small grey one, as GDAL does: pixel scale, tie point, keys sorted by number."""
+    directory = [1, 1, 0, len(keys), *(n for key, value in sorted(keys.items()) for n in (key, 0, 1, value))]
+    tags = [(33550, 12, 3, scale, True), (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 4e6, 0.0), True)]
+    tags.append((34735, 3, len(directory), tuple(directory), True))
+    picture = np.full((64, 64, 3), 90, np.uint8) if picture is None else picture
+    tifffile.imwrite(path, picture, photometric="rgb", metadata=None, extratags=tags)
     return path
 
 

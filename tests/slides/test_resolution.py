@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-import tifffile
-from written_slides import ruler, write_tiff
+from written_slides import METRES, ruler, write_geotiff, write_tiff
 
 from engine.errors import EngineError, SlideError
 from engine.slides.resolution import Claim, Claims, microns, ome_xml_claims, read_overrides, resolve, tiff_claim
@@ -115,18 +113,6 @@ def test_wrong_overrides(tmp_path: Path, text: str, message: str) -> None:
         read_overrides(path)
     with pytest.raises(EngineError, match="must be a readable CSV"):
         read_overrides(tmp_path / "none.csv")
-
-
-METRES = {1024: 1, 3072: 26918, 3076: 9001}
-
-
-def write_geotiff(path: Path, keys: dict[int, int], scale: tuple[float, ...] = (0.6, 0.6, 0.0)) -> Path:
-    """Write a picture from above as GDAL does: pixel scale, tie point, and the keys, sorted by number."""
-    directory = [1, 1, 0, len(keys), *(n for key, value in sorted(keys.items()) for n in (key, 0, 1, value))]
-    tags = [(33550, 12, 3, scale, True), (33922, 12, 6, (0.0, 0.0, 0.0, 5e5, 4e6, 0.0), True)]
-    tags.append((34735, 3, len(directory), tuple(directory), True))
-    tifffile.imwrite(path, np.full((64, 64, 3), 90, np.uint8), photometric="rgb", metadata=None, extratags=tags)
-    return path
 
 
 @pytest.mark.parametrize(("unit", "metres"), [(9001, 1), (9002, 0.3048), (9003, 0.3048006096)])

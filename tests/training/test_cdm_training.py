@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from known_prepared import FACTS
+from known_prepared import FACTS, write_set
 from known_run import write_data
 
 from engine.errors import EngineError, PreparedMismatchError
@@ -226,6 +226,30 @@ def test_grids_that_do_not_fit_are_named(
     config = settings(root)
     with pytest.raises(EngineError, match=message):
         train_cdm(replace(config, summaries=replace(config.summaries, **change)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"magnifications": ("20x", "10x", "5x")}, r"magnifications is \('20x', '10x', '5x'\), not .*'2.5x'\)"),
+        ({"magnifications": ("40x", "20x", "10x", "5x")}, r"magnifications is \('40x', '20x', '10x', '5x'\), not"),
+        ({"base_mpp": 0.25}, "base_mpp is 0.25, not 0.5"),
+    ],
+)
+def test_prepared_sets_of_other_magnifications_are_refused_by_name(
+    root: Path, split: str, change: dict[str, object], message: str
+) -> None:
+    """All else is the model's: an index would mean another magnification, which no shape betrays."""
+    facts = replace(FACTS, encoder=tiny_config().encoder, magnifications=SCALE.names)
+    sets = {name: str(root / f"set-{name}") for name in ("train", "heldout")}
+    write_data(Path(sets["heldout" if split == "train" else "train"]), facts)
+    write_set(Path(sets[split]), replace(facts, **change), slides=1)  # type: ignore[arg-type]
+    plain = settings(root).summaries
+    with pytest.raises(PreparedMismatchError, match=f"set-{split} was prepared for another model: {message}") as caught:
+        train_cdm(settings(root, summaries=replace(plain, **sets)))
+    assert "encoder is" not in str(caught.value)
+    assert not (root / "run").exists(), "refused before anything is written"
 
 
 def test_a_model_without_summaries_is_refused(root: Path) -> None:
