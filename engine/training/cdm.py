@@ -7,6 +7,7 @@ Source: ZoomLDM (CVPR 2025), CDM: squared error of x0, cosine schedule, times dr
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from engine.model.zoomldm import ZoomLDM
 from engine.summaries import alpha_bars
 from engine.training.cdm_settings import CDMOptimiserSettings, CDMTrainingConfig
 from engine.training.checkpointing import write_atomically
-from engine.training.loop import Optimisation, settle, step_rng
+from engine.training.loop import Conduct, Optimisation, settle, step_rng
 from engine.training.summaries import Summaries, Windows, open_windows, store_summaries
 
 log = logging.getLogger(__name__)
@@ -39,13 +40,7 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     Raises: EngineError for grids that do not fit, a run folder of other settings, or losses that are not finite.
     """
     torch.set_num_threads(config.threads)
-    run = Path(config.run)
-    model = ZoomLDM.from_pretrained(config.source, config.variant, config.device)
-    if not isinstance(model.conditioner, Summarizer):
-        raise EngineError(
-            f"A CDM learns the summaries of a Summarizer; {config.source} has a {model.config.conditioner.kind} "
-            "conditioner. Take a model with several magnifications."
-        )
+    run, model = Path(config.run), _open_model(config)
     sizes = cdm_config(model, config)
     sources, counts = find_windows(model, config)
     learned = {"conditioner": sizes.conditioner, "windows": [source.digest for source in sources]}
@@ -59,7 +54,8 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     if sizes.standardised:
         standardise(cdm, train)
     cdm = cdm.to(config.device).train()
-    optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s)
+    conduct = Conduct(describe=lambda step: name_rows(train, config, model.config.magnifications, step))
+    optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s, conduct=conduct)
 
     def loss_of(step: int, _part: int) -> tuple[Tensor, dict[str, float]]:
         return x0_loss(cdm, *draw_batch(train, config.train, config.seed, step, config.device), config.bfloat16)
@@ -80,6 +76,17 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     minutes = round(optimisation.seconds / 60, 1)
     write(cdm, config, {"steps": optimisation.step, "skipped_steps": optimisation.skipped, "minutes": minutes,
                         "heldout_x0_mse": measured(optimisation), "torch": torch.__version__})  # fmt: skip
+
+
+def _open_model(config: CDMTrainingConfig) -> ZoomLDM:
+    """Raises: EngineError for a model without a Summarizer."""
+    model = ZoomLDM.from_pretrained(config.source, config.variant, config.device)
+    if not isinstance(model.conditioner, Summarizer):
+        raise EngineError(
+            f"A CDM learns the summaries of a Summarizer; {config.source} has a {model.config.conditioner.kind} "
+            "conditioner. Take a model with several magnifications."
+        )
+    return model
 
 
 def standardise(cdm: CDM, train: Summaries) -> None:
@@ -143,14 +150,29 @@ def draw_batch(
     Times are stratified (one u per 1/B wide stratum, shuffled), which removes most of the loss's noise.
     """
     rng, size = step_rng(seed, CDM_STAGE, step), settings.batch_size
-    shares = np.array(per_magnification("train.magnification_weights", settings.magnification_weights, len(data)))
-    levels = rng.choice(len(data), size=size, p=shares / shares.sum())
-    x0 = np.stack([data[level][rng.integers(len(data[level]))] for level in levels]).astype(np.float32)
+    levels, rows = draw_rows(data, settings, rng)
+    x0 = np.stack([data[level][row] for level, row in zip(levels, rows, strict=True)]).astype(np.float32)
     u = (rng.permutation(size) + rng.random(size)) / size
     noise = rng.standard_normal(x0.shape, dtype=np.float32)
     times = (u**settings.time_power * TIMES).astype(np.int64)
     arrays = (x0, noise, times, levels)
     return tuple(torch.from_numpy(a).to(device) for a in arrays)  # type: ignore[return-value]
+
+
+def draw_rows(
+    data: Summaries, settings: CDMOptimiserSettings, rng: np.random.Generator
+) -> tuple[np.ndarray, list[int]]:
+    """Draw which summaries a step learns: magnifications (B,), and numbers within them."""
+    shares = np.array(per_magnification("train.magnification_weights", settings.magnification_weights, len(data)))
+    levels = rng.choice(len(data), size=settings.batch_size, p=shares / shares.sum())
+    return levels, [int(rng.integers(len(data[level]))) for level in levels]
+
+
+def name_rows(data: Summaries, config: CDMTrainingConfig, names: Sequence[str], step: int) -> str:
+    """Say which summaries a step learns, for messages: rows of the files in the run's folder."""
+    levels, rows = draw_rows(data, config.train, step_rng(config.seed, CDM_STAGE, step))
+    drawn = ", ".join(f"{names[level]} row {row}" for level, row in zip(levels, rows, strict=True))
+    return f"{drawn} of {config.run}/summaries/train"
 
 
 def noisy(x0: Tensor, noise: Tensor, times: Tensor) -> Tensor:

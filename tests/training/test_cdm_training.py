@@ -1,14 +1,17 @@
 """The CDM learns what it is shown; a run is a function of settings and seed, whatever kills it; bad grids are named."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from known_prepared import FACTS, write_set
 from known_run import write_data
+from torch import Tensor
 
 from engine.errors import EngineError, PreparedMismatchError
 from engine.magnification import MagnificationScale
@@ -168,6 +171,25 @@ def test_a_killed_run_ends_with_the_same_bytes(root: Path, monkeypatch: pytest.M
     shutil.rmtree(root / "model/cdm")
     train_cdm(cut)
     assert files[0].read_bytes() == files[1].read_bytes(), "killed after the last checkpoint, it still writes"
+
+
+def test_a_loss_that_is_not_finite_names_its_summaries(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = settings(root, train=CDMOptimiserSettings(steps=4, batch_size=2, warmup=0, max_skipped=0))
+
+    def spoilt(cdm: CDM, x0: Tensor, *rest: Any) -> Any:
+        loss, figures = x0_loss(cdm, x0, *rest)
+        return loss * torch.nan, figures
+
+    monkeypatch.setattr(training, "x0_loss", spoilt)
+    with pytest.raises(TrainingError, match=r"It trains on .*x row \d+, .*x row \d+ of .*summaries/train\.") as stop:
+        train_cdm(config)
+    x0, _, _, levels = draw_batch(
+        [np.load(root / f"run/summaries/train/{name}.npy") for name in SCALE.names], config.train, 0, 0, "cpu"
+    )
+    named = re.findall(r"(\S+x) row (\d+)", str(stop.value))
+    assert [name for name, _ in named] == [SCALE.names[level] for level in levels]
+    for (name, row), one in zip(named, x0, strict=True):
+        assert np.array_equal(np.load(root / f"run/summaries/train/{name}.npy")[int(row)], one)
 
 
 def test_it_learns_standardised_summaries_and_draws_plain_ones(root: Path) -> None:
