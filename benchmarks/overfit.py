@@ -10,6 +10,7 @@ nearest to its own patch.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from engine.training.joint_settings import (
     OutputSettings,
     WorkerSettings,
 )
+from engine.training.settings import PlaceSettings
 
 BOUND = 0.15
 """Of the mean squared error of v over the last tenth of the run; a network that answers zero has about 1."""
@@ -80,7 +82,11 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     pictures = write_phantom_set(options.folder / "data", 2, 4)
-    joint.train(config_of(options.folder, options.steps, options.threads))
+    config = config_of(options.folder, options.steps, options.threads)
+    # No condition is dropped: what a patch is, given none, cannot be learned by heart. Without a start that knows
+    # places, convolutions cannot tell one place of pure noise from another.
+    train = replace(config.train, drop_condition=0.0)
+    joint.train(replace(config, train=train, places=PlaceSettings(token_steps=300, path_steps=250)))
     lines = [json.loads(line) for line in (options.folder / "run" / "log.jsonl").read_text().splitlines()]
     table = similarities(options.folder, pictures)
     last = float(np.mean([line["loss"] for line in lines[-max(1, len(lines) // 10) :]]))

@@ -101,7 +101,7 @@ def sheet_row(model: ZoomLDM, contexts: list[torch.Tensor]) -> NDArray[np.uint8]
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.summaries", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/train_cdm"), help="folder with summaries/")
+    parser.add_argument("--run", type=Path, default=Path("runs/train_demo_cdm"), help="folder with summaries/")
     parser.add_argument("--source", default="demo", help="model whose CDM is judged")
     parser.add_argument("--cdm", type=Path, help="folder of the CDM; else the model's")
     parser.add_argument("--count", type=int, default=128, help="summaries of each kind and magnification")
