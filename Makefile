@@ -40,7 +40,7 @@ lint: .venv/.installed-dev  ## check formatting, style and types
 PHANTOMS := --width 8192 --height 8192 --varied true --pen_every 0
 EMBEDDED := engine/model/demo
 
-train-demo: .venv/.installed-dev  ## train the embedded demo model again, from phantom slides (two CPU cores, 2½ hours)
+train-demo: .venv/.installed-dev  ## train the embedded demo model again, from phantom slides (two CPU cores, three hours)
 	$(BIN)/python -m engine.train --config configs/train_demo.yaml
 	$(BIN)/python -m engine.phantom_slides --out runs/train_slides --count 20 $(PHANTOMS)
 	$(BIN)/python -m engine.phantom_slides --out runs/heldout_slides --count 4 --seed 10000 $(PHANTOMS)
