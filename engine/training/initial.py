@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.model.summarizer import Summarizer
 from engine.model.zoomldm import ZoomLDM
@@ -73,11 +73,3 @@ def start_with_places(
     install_look_up(look_up_sites(model.unet), queries, readers.place)
     if writes:
         save_checkpoint(path, {"module": networks.state_dict(), "keys": keys})
-
-
-@torch.no_grad()
-def start_at_zero(layer: nn.Conv2d) -> None:
-    """Set a layer to zero, as diffusion networks' output layers start."""
-    layer.weight.zero_()
-    if layer.bias is not None:
-        layer.bias.zero_()

@@ -18,7 +18,6 @@ from engine.model.zoomldm import ZoomLDM
 from engine.training import autoencoder as ae
 from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json
 from engine.training.data import Regions, Tile
-from engine.training.initial import start_at_zero
 from engine.training.loop import Optimisation, step_rng
 from engine.training.settings import DemoConfig, ModelSettings, OptimiserSettings
 
@@ -57,7 +56,8 @@ def build_model(config: DemoConfig) -> ZoomLDM:
     """Return the model with the initial weights of the seed."""
     torch.manual_seed(config.seed)
     model = ZoomLDM(model_config(config.model))
-    start_at_zero(model.unet.conv_out)
+    for parameter in model.unet.conv_out.parameters():
+        nn.init.zeros_(parameter)  # as diffusion networks' output layers start
     return model.to(config.device)
 
 
