@@ -1,6 +1,6 @@
 """Does training on all magnifications help the one that has few patches? Against training on those alone.
 
-    python -m benchmarks.cross_scale --folder runs/cross_scale [--steps 500] [--seeds 0 1]
+    python -m benchmarks.cross_scale --places --lr 1e-3 --steps 2400 [--seeds 0 1]
 
 A few training phantoms are large enough for a 1.25x patch, one each; most are small pieces, as biopsies are beside
 resections. There are 100 times as many 20x patches, and numbers between in geometric steps. The same network learns,
