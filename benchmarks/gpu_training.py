@@ -9,8 +9,8 @@ The last is small enough to see on a CPU whether it runs at all.
 A step is the trainer's own forward, loss and backward, clipping, AdamW and the weight average, on a batch that lies on
 the device; benchmarks.train says what reading, noise and journal cost beside it. Per number of patches at once: seconds
 of a step (median, after warm-up), patches/s, TFLOP/s of the model, its share of --peak-tflops (what the maker states
-for dense products of the precision), and peak memory beside what `--plan` says. FLOP are counted on the meta device,
-2 per multiply-add; those of recomputing (train.gradient_checkpointing) are not the model's and not counted.
+for dense products of the precision), and peak memory, which `--plan` of engine.train estimates. FLOP are counted on the
+meta device, 2 per multiply-add; those of recomputing (train.gradient_checkpointing) are not the model's and not counted.
 """
 
 import argparse
@@ -24,18 +24,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 
+from benchmarks.train import BareStep
 from engine.arguments import parse as parse_config
 from engine.magnification import LATENT_CHANNELS, TILE_LATENT_PX
 from engine.model.networks import build_networks
 from engine.model.zoomldm import ZoomLDM
 from engine.run import pin_arithmetic
-from engine.training.cost import model_config, step_cost, work_of
+from engine.training.cost import cells_shape, model_config, step_cost, work_of
 from engine.training.denoiser import DenoiserNetworks, noise_shares, noisy_latents, squared_errors, wanted_output
 from engine.training.joint_settings import JointConfig
 from engine.training.learning import DTYPES, choose_device
-from engine.training.loop import WeightAverage
 
 GIB = 2**30
 _WARM_UP = 3
@@ -72,28 +72,23 @@ def stepper(config: JointConfig, device: str, batch: int) -> Callable[[], None]:
     if config.train.gradient_checkpointing:
         model.unet.enable_gradient_checkpointing()
     networks = DenoiserNetworks(model).train().requires_grad_(requires_grad=True)
-    optimiser = torch.optim.AdamW(networks.parameters(), lr=1e-4)
-    average = WeightAverage(networks, config.train.ema)
+    bare = BareStep(networks, config.train)
     size = (batch, LATENT_CHANNELS, TILE_LATENT_PX, TILE_LATENT_PX)
     x0, noise = (torch.randn(size, generator=generator, device=device) for _ in range(2))
     times = torch.randint(1000, (batch,), generator=generator, device=device)
     level = len(facts.magnifications) - 1
-    cells = [torch.randn(facts.ssl_dim, 8, 8, generator=generator, device=device)] * batch
+    cells = [torch.randn(cells_shape(facts), generator=generator, device=device)] * batch
     dropped = torch.zeros(batch, dtype=torch.bool, device=device)
     shares = noise_shares(model.alphas_cumprod.to(device), times)
     wanted, dtype = wanted_output(facts.prediction_type, shares, x0, noise), DTYPES[config.precision]
-    done = 0
 
-    def step() -> None:
-        nonlocal done
-        networks.zero_grad(set_to_none=True)
+    def loss_of() -> Tensor:
         with torch.autocast(device, dtype, enabled=dtype is not torch.float32):
             output = networks(noisy_latents(shares, x0, noise), times, cells, [level] * batch, dropped)
-        squared_errors(output.float() - wanted, config.train.coarse_weights).mean().backward()
-        nn.utils.clip_grad_norm_(networks.parameters(), config.train.clip)
-        optimiser.step()
-        average.update(networks, done)
-        done += 1
+        return squared_errors(output.float() - wanted, config.train.coarse_weights).mean()
+
+    def step() -> None:
+        bare(loss_of)
         if device == "cuda":
             torch.cuda.synchronize()
 

@@ -12,17 +12,18 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.overfit import config_of
 from benchmarks.phantom_set import write_phantom_set
 from engine.training.joint import DenoiserLesson
-from engine.training.joint_settings import JointConfig
+from engine.training.joint_settings import JointConfig, JointSettings
 from engine.training.learning import ALONE, Learning
 from engine.training.loop import WeightAverage
 
@@ -44,27 +45,40 @@ class Trainer:
         return learning.optimisation.seconds
 
 
+class BareStep:
+    """An optimiser step as the trainer does it, without a trainer: gradient, clipping, AdamW, weight average."""
+
+    def __init__(self, networks: nn.Module, train: JointSettings) -> None:
+        self.networks, self.train, self.done = networks, train, 0
+        self.optimiser = torch.optim.AdamW(networks.parameters(), lr=1e-3)
+        self.average = WeightAverage(networks, train.ema)
+
+    def __call__(self, loss_of: Callable[[], Tensor]) -> None:
+        """Take a step on a mean loss; returns when the device has its value."""
+        self.networks.zero_grad(set_to_none=True)
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.networks.parameters(), self.train.clip)
+        self.optimiser.step()
+        self.average.update(self.networks, self.done)
+        self.done += 1
+        float(loss.detach())
+
+
 class Bare:
     """The same step on one batch in memory."""
 
     def __init__(self, config: JointConfig, steps: int) -> None:
-        self.config, self.steps = config, steps
+        self.steps = steps
         self.lesson = DenoiserLesson(config)
         self.part = self.lesson.read(self.lesson.draw(0), 0)
-        self.optimiser = torch.optim.AdamW(self.lesson.networks.parameters(), lr=1e-3)
-        self.average = WeightAverage(self.lesson.networks, config.train.ema)
+        self.step = BareStep(self.lesson.networks, config.train)
 
     def turn(self) -> float:
         """Do some steps; return the seconds they took."""
         began = time.monotonic()
-        for step in range(self.steps):
-            self.lesson.networks.zero_grad(set_to_none=True)
-            loss = self.lesson.losses(self.lesson.networks, self.part)[0].mean()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.lesson.networks.parameters(), self.config.train.clip)
-            self.optimiser.step()
-            self.average.update(self.lesson.networks, step)
-            float(loss.detach())
+        for _ in range(self.steps):
+            self.step(lambda: self.lesson.losses(self.lesson.networks, self.part)[0].mean())
         return time.monotonic() - began
 
 

@@ -120,18 +120,23 @@ def work_of(config: LearningConfig, model: ModelConfig, networks: Networks) -> t
         module, side = AutoencoderNetworks(networks.vae), config.train.crop_px
         return module, lambda batch: module(torch.empty(batch, 3, side, side, device="meta"))[0]
     joint = nn.ModuleList([networks.unet, networks.conditioner])
-    side, width = (1, model.ssl_dim + model.conditioner.region_dim)
-    if model.conditioner.kind == "summarizer":
-        side, width = GRID_SIDE, model.ssl_dim
+    shape = cells_shape(model)
 
     def forward(batch: int) -> Tensor:
-        cells = [torch.empty(width, side, side, device="meta")] * batch
+        cells = [torch.empty(shape, device="meta")] * batch
         context = networks.conditioner(cells, [0] * batch)
         times = torch.zeros(batch, device="meta")
         latents = torch.empty(batch, *size, device="meta")
         return networks.unet(latents, times, encoder_hidden_states=context, return_dict=False)[0]
 
     return joint, forward
+
+
+def cells_shape(model: ModelConfig) -> tuple[int, int, int]:
+    """Return the shape (channels, h, w) of the largest condition that a patch has, prepared for the conditioner."""
+    if model.conditioner.kind == "summarizer":
+        return model.ssl_dim, GRID_SIDE, GRID_SIDE
+    return model.ssl_dim + model.conditioner.region_dim, 1, 1
 
 
 def _data_lines(config: LearningConfig, model: ModelConfig, train: AccumulatedSettings) -> list[str]:

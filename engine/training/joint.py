@@ -158,7 +158,7 @@ class DenoiserLesson:
             return read_part(self.source, samples, (seed, step), self.networks.conditioner.prepare)
 
         kept = Path(self.config.run) / "places.pt"
-        keys = self.keys | {"train": {}, "chances": chances.tolist()}
+        keys = self.keys | {"train": {}, "chances": chances.tolist()}  # rate and steps have no part in it
         dtype = DTYPES[self.config.precision]
         start_with_places(self.model, patches, places, self.config.seed, kept, dtype, keys, writes)
         return AttentionWatch(self.model.unet)
