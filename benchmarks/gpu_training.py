@@ -10,7 +10,7 @@ A step is the trainer's own forward, loss and backward, clipping, AdamW and the 
 the device; benchmarks.train says what reading, noise and journal cost beside it. Per number of patches at once: seconds
 of a step (median, after warm-up), patches/s, TFLOP/s of the model, its share of --peak-tflops (what the maker states
 for dense products of the precision), and peak memory, which `--plan` of engine.train estimates. FLOP are counted on the
-meta device, 2 per multiply-add; those of recomputing (train.gradient_checkpointing) are not the model's and not counted.
+meta device, 2 per multiply-add; recomputing (train.gradient_checkpointing) is not counted.
 """
 
 import argparse
