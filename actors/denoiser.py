@@ -19,7 +19,15 @@ from torch import Tensor
 from engine.model.config import ModelConfig
 from engine.model.networks import build_networks
 from engine.model.zoomldm import ZoomLDM
-from engine.predict import DecodeBatch, DecodedBatch, LocalDenoiser, TileBatch, TilePrediction
+from engine.predict import (
+    DecodeBatch,
+    DecodedBatch,
+    EncodeBatch,
+    EncodedBatch,
+    LocalDenoiser,
+    TileBatch,
+    TilePrediction,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class ReplicaInfo:
 class Answer:
     """A replica's answer and the seconds it computed."""
 
-    value: TilePrediction | DecodedBatch
+    value: TilePrediction | DecodedBatch | EncodedBatch
     seconds: float
 
 
@@ -141,6 +149,10 @@ class DenoiserActor:
         """Decode a batch of latent windows; `float32` as in denoise."""
         return _timed(self._denoiser(float32).decode_batch, replace(batch, latents=batch.latents.copy()))
 
+    def encode(self, batch: EncodeBatch, float32: bool = False) -> Answer:
+        """Encode a batch of picture windows; `float32` as in denoise."""
+        return _timed(self._denoiser(float32).encode_batch, replace(batch, images=batch.images.copy()))
+
     def _denoiser(self, float32: bool) -> LocalDenoiser:
         if self._local is None:
             raise RuntimeError("load must be called before the first batch.")
@@ -151,7 +163,9 @@ class DenoiserActor:
         return self._wide
 
 
-def _timed(function: Callable[..., TilePrediction | DecodedBatch], batch: TileBatch | DecodeBatch) -> Answer:
+def _timed(
+    function: Callable[..., TilePrediction | DecodedBatch | EncodedBatch], batch: TileBatch | DecodeBatch | EncodeBatch
+) -> Answer:
     """Call and time; arrays that come from Ray are read-only, so the callers above hand over copies torch may wrap."""
     start = time.perf_counter()
     value = function(batch)

@@ -151,8 +151,7 @@ def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
     with clock.phase("model"):
         model = load_model(job.config)
     _check_run(r, model)
-    finest = r.plan.finest
-    with Canvas.open(r.folder, r.keys(), {finest.name: (finest.height, finest.width)}) as canvas:
+    with Canvas.open(r.folder, r.keys(), r.plan.arrays) as canvas:
         missing = outputs.missing(r.folder, job.config, job.plan)
         if canvas.progress.finished and not missing:
             progress.say(f"{r.folder} holds this redo, finished; nothing is missing.")
@@ -178,7 +177,7 @@ def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
 def _check_run(r: RedoJob, model: ZoomLDM) -> None:
     """Hold config and weights to the run's: what is sampled beside its latents must be of the same kind."""
     root = r.past.root
-    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in r.job.plan.sampled}
+    levels = {f"plan.levels.{name}": size for name, size in r.job.plan.arrays.items()}
     keys = picture_keys(r.job.config, model, Conditions(r.past.grid, str(root.keys.get("conditions"))))
     check_keys(root.folder, root.keys, plain(keys | levels))
 
@@ -212,7 +211,6 @@ def _sampling(r: RedoJob, model: ZoomLDM, canvas: Canvas, denoiser: DenoiseTiles
         noise=redo_noise(r.asked.seed, r.past.digest),
         watch=progress,
         guide=guide_under(r, denoiser) if guided else None,
-        begin=lambda _: around.old,
         around=around,
     )
 
@@ -226,10 +224,11 @@ def guide_under(r: RedoJob, denoiser: DenoiseTiles) -> GuidePicture:
     """Decode the finished guide over the window, and a px beyond, which newton mixes in."""
     plan, box = r.job.plan, r.window.box
     level, ratio = plan.levels[-2], plan.levels[-2].factor // plan.finest.factor
-    cell, share = max(ratio // LATENT_FACTOR, 1), max(LATENT_FACTOR // ratio, 1)
-    ends = (-(-end // cell) * share + 1 for end in (box.y1, box.x1))
+    cell = max(ratio // LATENT_FACTOR, r.config.guidance.cell)
+    starts = (start // cell * cell * LATENT_FACTOR // ratio for start in (box.y0, box.x0))
+    ends = (-(-end // cell) * cell * LATENT_FACTOR // ratio + 1 for end in (box.y1, box.x1))
     whole = Box(0, 0, level.height * LATENT_FACTOR, level.width * LATENT_FACTOR)
-    part = Box(box.y0 // cell * share, box.x0 // cell * share, *ends).within(whole)
+    part = Box(*starts, *ends).within(whole)
     rows = decode_part(
         lambda under: r.past.latents(plan, level.name, under),
         plan.decodes[-2], part, denoiser, r.job.config.decode.sigma, "redo/guide",

@@ -20,10 +20,9 @@ from engine.canvas import Canvas
 from engine.conditions import STORED, Conditions, find_conditions, keep_conditions
 from engine.config import ModelConfigSection, RunConfig
 from engine.devices import choose_device, encoder_device, pin_arithmetic
-from engine.enlarged import enlarged_latents
 from engine.errors import CanvasError, CanvasMismatchError
 from engine.exports.png import check_png
-from engine.guidance import CanvasGuidance, GuidePicture, make_canvas_guidance
+from engine.guidance import CanvasGuidance, make_canvas_guidance
 from engine.model import checkpoint, hub
 from engine.model.config import ModelConfig
 from engine.model.zoomldm import ZoomLDM, digest
@@ -31,11 +30,9 @@ from engine.pilot import stored_or_fitted
 from engine.predict import DenoiseTiles, LocalDenoiser
 from engine.progress import Clock, Onlooker, Progress, TimedDenoiser
 from engine.sampler import Sampling, keyed_noise, sample_large
-from engine.schedule import TRAIN_STEPS
 from engine.state import write_atomically
 from engine.storage import open_storage
-from engine.strips import ForwardReader, ReadRows
-from engine.tiles import Level, Plan, make_plan
+from engine.tiles import Plan, make_plan
 
 _WHERE = (
     *("model.source", "model.variant", "model.device", "model.cdm_source"),
@@ -107,9 +104,8 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
         model = load_model(job.config)
     with clock.phase("conditions"):
         conditions = find_conditions(job.config, model, job.plan, encoder_device(job.config), progress)
-    levels = {level.name: (level.height, level.width) for level in job.plan.sampled}
     keys, record = picture_keys(job.config, model, conditions), job.config.output.record_writers
-    with Canvas.open(job.folder, keys, levels, storage, record) as canvas:
+    with Canvas.open(job.folder, keys, job.plan.arrays, storage, record) as canvas:
         missing = outputs.missing(job.folder, job.config, job.plan)
         if canvas.progress.finished and not missing:
             progress.say(f"{job.folder} holds this run, finished; nothing is missing.")
@@ -228,22 +224,7 @@ def _sampling(
         noise=keyed_noise(config.sampling.seed),
         watch=progress,
         guide=conditions.guide,
-        begin=_begin(job, model, conditions.guide),
     )
-
-
-def _begin(job: Job, model: ZoomLDM, guide: GuidePicture | None) -> Callable[[Level], ReadRows] | None:
-    """Return what a run with a given guide begins from, unless it begins with noise: the guide, enlarged."""
-    sampling = job.config.sampling
-    if guide is None or sampling.start == TRAIN_STEPS:
-        return None
-    device, factor = encoder_device(job.config), job.plan.levels[0].factor
-
-    def begin(level: Level) -> ReadRows:
-        picture = GuidePicture(guide.image, factor // level.factor)
-        return ForwardReader(enlarged_latents(model, device, picture, level, sampling.batch_size))
-
-    return begin
 
 
 def canvas_guidance(

@@ -98,7 +98,7 @@ def _same_model(folder: Path, job: Job) -> tuple[ZoomLDM, np.ndarray, dict[str, 
     pin_arithmetic(job.config.model.threads)
     model, grid = load_model(job.config), stored_grid(folder / STORED)
     keys = picture_keys(job.config, model, Conditions(grid, str(old.get("conditions"))))
-    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in job.plan.sampled}
+    levels = {f"plan.levels.{name}": size for name, size in job.plan.arrays.items()}
     check_keys(folder, old, plain(keys | levels))
     return model, grid, old
 
@@ -135,15 +135,19 @@ class Reach:
 
     @classmethod
     def of(cls, plan: Plan, state: RunState, region: Box) -> "Reach":
-        """`region` is in px of the picture."""
+        """`region` is in px of the picture. Raises CanvasError while only coarser levels are sampled."""
         progress = state.progress
         pass_, number = plan.passes[progress.pass_index], progress.steps
         windows, decoded = touching(plan.decode, region.latent())
         last = progress.pass_index == len(plan.passes) - 1
+        tiling = pass_.tilings[-1]
+        if tiling is None:
+            raise CanvasError(
+                f"a run must have begun with {plan.finest.name} before it can be shown; it is at step {number} of "
+                f"{len(pass_.steps)} of its guide, {pass_.name}. Wait for that, or look at a finished run."
+            )
         if number == len(pass_.steps):
             return cls(pass_, number, last, None, decoded, windows, decoded)
-        tiling = pass_.tilings[-1]
-        assert tiling is not None  # every pass has the finest level
         return cls(pass_, number, last, *touching(tiling, decoded), windows, decoded)
 
     def said(self) -> dict[str, object]:

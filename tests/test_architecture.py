@@ -49,7 +49,7 @@ MIL_FLOORS = (
     "study",
     "train predict compare heatmap",
 )
-MAX_FILE, MAX_FUNCTION = 300, 50
+MAX_FILE, MAX_FUNCTION = 400, 60
 
 IMPORT_ALL = """
 import importlib, pkgutil, socket, sys

@@ -47,7 +47,7 @@ def published(method: str) -> RunConfig:
     return RunConfig(
         model=ModelConfigSection(dtype="bfloat16"),
         canvas=CanvasConfig(height=4096, width=4096),
-        sampling=SamplingConfig(tile_stride=64, tile_weights="uniform"),
+        sampling=SamplingConfig(from_guide=0, tile_stride=64, tile_weights="uniform"),
         guidance=GuidanceConfig(method=method),  # type: ignore[arg-type]
         refine=RefineConfig(start=300),
         decode=DecodeConfig(tile_stride=16),
