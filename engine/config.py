@@ -149,8 +149,8 @@ class GuidanceConfig:
     damping: float = 0.1
     """linear: damping of the inverse, in units of the mean eigenvalue."""
     cell: int = 1
-    """linear, probe: latent px of a steered cell on each axis at least, a power of two up to 64. At 1 every latent px is
-    pulled to the guide's blur (docs/guidance.md)."""
+    """linear, probe: latent px of a steered cell on each axis at least, a power of two up to 64. At 1 every latent px
+    is pulled to the guide's blur (docs/guidance.md)."""
     iterations: int = 20
     """probe: Adam steps per timestep."""
 

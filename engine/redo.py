@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,9 @@ from engine.strips import BandReader, ForwardReader
 from engine.tiles import Box, Plan
 from engine.window import RIM_PX, Surroundings, Window, laid_over, mix, window_plan, window_under
 
+FROM_T = 600
+"""Timestep to noise a region back to: most colours and places stay, all detail is new."""
+
 
 @dataclass(frozen=True)
 class RedoConfig:
@@ -49,8 +52,9 @@ class RedoConfig:
     """Region: x,y,width,height in px of the base magnification."""
     seed: int
     """Seed of the new noise. The run's own is allowed: the noise depends on the run, too."""
-    from_t: int = 600
-    """Timestep to noise the region back to: near 1000 little stays but the guide, near 1 little changes."""
+    from_t: int | None = None
+    """Timestep to noise the region back to: near 1000 little stays but the guide, near 1 little changes. None takes
+    600, or the one at which the run began with its finest level if that is lower."""
 
     def __post_init__(self) -> None:
         _ = self.region
@@ -65,7 +69,8 @@ class RedoConfig:
     def name(self) -> str:
         """A folder name that says what is in it."""
         x, y, width, height = self.region.xywh
-        return f"{Path(self.run).resolve().name}_redo_x{x}_y{y}_{width}x{height}_t{self.from_t}_seed{self.seed}"
+        t = "" if self.from_t is None else f"_t{self.from_t}"
+        return f"{Path(self.run).resolve().name}_redo_x{x}_y{y}_{width}x{height}{t}_seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,9 @@ def prepare_redo(asked: RedoConfig, past: PastRun, config: RunConfig) -> RedoJob
         )
     check_region(asked.region, job.plan.size_px)
     _, window = window_under(job.plan, asked.region)
-    return RedoJob(job, past, asked, window, window_plan(job.plan, asked.region, asked.from_t))
+    from_t = min(FROM_T, job.plan.finest_pass.steps[0].t) if asked.from_t is None else asked.from_t
+    plan = window_plan(job.plan, asked.region, from_t)
+    return RedoJob(job, past, replace(asked, from_t=from_t), window, plan)
 
 
 def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:

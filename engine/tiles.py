@@ -219,8 +219,9 @@ def axis_positions(size: int, stride: int, tile: int = TILE_LATENT_PX) -> tuple[
 
 
 def make_tiling(height: int, width: int, stride: int, batch_size: int) -> Tiling:
-    """Return the tiling of a level; sizes in latent px."""
-    return Tiling(axis_positions(height, stride), axis_positions(width, stride), batch_size)
+    """Return the tiling of a level; sizes in latent px. A batch holds `batch_size` tiles, or all if there are fewer."""
+    ys, xs = axis_positions(height, stride), axis_positions(width, stride)
+    return Tiling(ys, xs, min(batch_size, len(ys) * len(xs)))
 
 
 def pick_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[str, ...]:

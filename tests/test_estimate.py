@@ -82,7 +82,7 @@ def test_newton_calls_per_tile(full: ModelConfig) -> None:
     corrections = 256 * 20 * 10
     assert with_.unet - without.unet == 4 * corrections
     assert with_.encode == 2 * corrections
-    assert with_.decode == corrections + 20 * 4  # and the guide's own tile, in a batch of 4
+    assert with_.decode == corrections + 20  # and the guide's own tile
     assert without.encode == without.decode == 0
 
 
