@@ -75,11 +75,10 @@ class BareRun:
 
     def open(self, folder: Path, denoiser: DenoiseTiles) -> Sampling:
         """Make the canvas; leave with `with sampling.canvas`."""
-        sizes = {level.name: (level.height, level.width) for level in self.plan.levels}
         guided = any(p.guided for p in self.plan.passes)
         return Sampling(
             plan=self.plan,
-            canvas=Canvas.open(folder, self.config.picture_keys(), sizes),
+            canvas=Canvas.open(folder, self.config.picture_keys(), self.plan.arrays),
             grid=self.grid,
             denoiser=denoiser,
             guidance=self.config.guidance,

@@ -39,7 +39,7 @@ from benchmarks.bare import BareRun, demo_config
 from benchmarks.memory import MAPS
 from engine.magnification import BRCA_SCALE, LATENT_CHANNELS
 from engine.pointwise import PointwiseDenoiser
-from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
+from engine.predict import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
 from engine.replay import SilentWatch
 from engine.sampler import sample_large
 from engine.tiles import Plan
@@ -104,6 +104,9 @@ class SimulatedReplicas:
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         return begun(self._answers(Run(iter(batches), lambda batch: next(self._inner.decode([batch])))))
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        return begun(self._answers(Run(iter(batches), lambda batch: next(self._inner.encode([batch])))))
 
     def start(self) -> None:
         """Begin to count."""

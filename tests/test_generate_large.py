@@ -95,7 +95,7 @@ def test_run_leaves_what_the_design_says(finished: Path) -> None:
         )
     report = json.loads((finished / "report.json").read_text())
     assert report["device"] == "cpu"
-    assert report["tiles"] == 3 * (6 + 1)
+    assert report["tiles"] == 3 * 1 + 2 * 6
     assert 0 <= report["orchestration_share"] <= 1
     assert {"sampling", "decoding", "exports"} <= set(report["timings_s"])
     assert report["seam_score"] > 0
@@ -214,8 +214,9 @@ def test_metrics_hear_of_a_run_on_ray_up_to_its_scores(
     folder = tmp_path / "run"
     assert generate_large.main([*inputs, "--ray.enabled=true", f"--output.folder={folder}"]) == 0
     report = json.loads((folder / "report.json").read_text())
-    assert events[:3] == [("run", str(folder)), ("restart",), ("step", "joint", 0, 3)]
-    assert [e[2] for e in events if e[0] == "step"] == [0, 1, 2, 3]
+    assert events[:3] == [("run", str(folder)), ("restart",), ("step", "10x", 0, 3)]
+    steps = [e[1:] for e in events if e[0] == "step"]
+    assert steps == [*(("10x", n, 3) for n in range(4)), *(("20x", n, 2) for n in range(3))]
     assert sum(e[1] for e in events if e[0] == "tiles" and isinstance(e[1], int)) == report["tiles"]
     scores = {key: pytest.approx(report[key]) for key in ("seam_score", "consistency_psnr_db")}
     assert events[-3:] == [("replicas left",), ("judged", scores), ("ray left",)]
@@ -235,7 +236,7 @@ def test_plan_prints_and_stops(inputs: list[str], tmp_path: Path, capsys: pytest
     assert generate_large.main([*inputs, "--plan", f"--output.folder={tmp_path / 'run'}"]) == 0
     out = capsys.readouterr().out
     assert "512 x 384" in out
-    assert "joint 6 (3)" in out
+    assert "20x 6 (3)" in out
     assert "FLOP" in out
     assert not (tmp_path / "run").exists()
 
