@@ -22,6 +22,7 @@ import torch
 from benchmarks.bare import demo_config
 from benchmarks.quality import HeldOut, held_out
 from engine.config import GuidanceConfig, RunConfig
+from engine.devices import hardware_of
 from engine.image import Image
 from engine.model.encoders import load_encoder
 from engine.model.zoomldm import ZoomLDM
@@ -63,7 +64,7 @@ def measure(region: HeldOut, size: int, guidance: GuidanceConfig, keep: Path | N
     def engage(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
         pin_arithmetic(config.model.threads)
         counters.append(Counting(LocalDenoiser(model)))
-        yield Crew(counters[0], "cpu", lambda: 1, lambda: {})
+        yield Crew(counters[0], hardware_of("cpu"), lambda: 1, lambda: {})
 
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "reference.png"
