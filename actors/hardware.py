@@ -27,6 +27,9 @@ def hardware_of_replicas(config: RayConfig, device: str) -> Hardware:
 
 def hardware_at(seat: Seat, timeout_s: float) -> Hardware:
     """Return what a replica at such a seat of the connected cluster computes on. Raises: ClusterError."""
+    here = ray.util.get_node_ip_address()
+    if seat.device == "cpu" and all(node.address == here for node in node_resources()):
+        return hardware_of("cpu")  # a task would import torch first
     question = ray.remote(num_cpus=seat.num_cpus, num_gpus=seat.num_gpus)(hardware_of).remote(seat.device)
     try:
         return ray.get(question, timeout=timeout_s)
