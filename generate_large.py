@@ -39,7 +39,7 @@ DESCRIPTION = """Make one large, coherent picture from a ZoomLDM checkpoint. Run
 interrupted run. With --redo x,y,width,height --seed N [--from_t T] RUN, sample a region (px) of a finished run again,
 noised back to timestep T (600 unless said), into a run folder beside it; other keys are as RUN has them. Exit codes: 0
 done, 1 failed, 2 wrong usage, 130 or 143 interrupted."""
-FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk and an estimated time, and stop"}
+FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk, dtype and an estimated time, and stop"}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ from engine.run import Crew, Job, describe, prepare
 from engine.tiles import MAX_STEP
 
 PROG = "python -m engine.superres"
-FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk and an estimated time, and stop"}
+FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk, dtype and an estimated time, and stop"}
 _FROM_PICTURE = ("canvas.height", "canvas.width", "canvas.levels", "condition", "guide")
 """Keys that follow from the picture."""
 
