@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.devices import Hardware, hardware_of, keep_freed_memory
 from engine.model.config import ModelConfig
 from engine.model.networks import build_networks
 from engine.model.zoomldm import ZoomLDM
@@ -60,7 +61,7 @@ class ReplicaInfo:
 
     pid: int
     host: str
-    device: str
+    hardware: Hardware
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class DenoiserActor:
 
     def __init__(self, threads: int, device: str) -> None:
         pin_arithmetic(threads)
+        keep_freed_memory(device)
         self.device = device
         self._local: LocalDenoiser | None = None
         self._wide: LocalDenoiser | None = None
@@ -136,7 +138,7 @@ class DenoiserActor:
         A call and not the constructor: an error here keeps its own type and text, one there only says "actor died".
         """
         self._local = LocalDenoiser(unpack_model(packed, self.device))
-        return ReplicaInfo(os.getpid(), socket.gethostname(), self.device)
+        return ReplicaInfo(os.getpid(), socket.gethostname(), hardware_of(self.device))
 
     def denoise(self, batch: TileBatch, float32: bool = False) -> Answer:
         """Evaluate a batch; `float32` widens a 16-bit model for this call."""

@@ -1,9 +1,9 @@
 """What does each way of drawing a canvas from its guide cost, and what does it keep? One run per recipe and reference.
 
-    python -m benchmarks.guidance [--canvas 1024] [--references 3] [--recipes joint,begun,demo] [--set sampling.weight=1]
+    python -m benchmarks.guidance [--canvas 1024] [--references 3] [--recipes joint,begun,demo] [--set KEY=VALUE]
 
-The references are held-out phantoms (benchmarks.quality). Per recipe: agreement with the guide, seam score, gradient and
-dark share of tissue relative to single patches of the same conditions (50 steps of DDIM, w of configs/demo.yaml), KID
+The references are held-out phantoms (benchmarks.quality). Per recipe: agreement with the guide, seam score, gradient
+and dark share of tissue relative to single patches of the same conditions (50 steps of DDIM, w of configs/demo.yaml), KID
 of crops to the references themselves beside that of the patches (texture encoder, standardised), network calls,
 seconds. With --previews, look at the pictures: a figure can hide a bad one.
 """
@@ -25,7 +25,7 @@ from benchmarks.bare import demo_config
 from benchmarks.quality import HeldOut, held_out
 from engine.config import RunConfig
 from engine.decode import to_uint8
-from engine.devices import pin_arithmetic
+from engine.devices import hardware_of, pin_arithmetic
 from engine.evaluation.detail import Detail, DetailSums, ratios
 from engine.evaluation.distances import squared_mmd
 from engine.evaluation.vectors import encode
@@ -132,7 +132,7 @@ def draw_canvas(reference: Reference, size: int, recipe: Mapping[str, object], k
     def engage(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
         pin_arithmetic(config.model.threads)
         counters.append(Counting(LocalDenoiser(model)))
-        yield Crew(counters[0], "cpu", lambda: 1, lambda: {})
+        yield Crew(counters[0], hardware_of("cpu"), lambda: 1, lambda: {})
 
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "reference.png"

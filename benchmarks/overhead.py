@@ -42,6 +42,7 @@ from benchmarks import memory
 from benchmarks.bare import BareRun, demo_config, maps_for, picture_digest
 from engine.arguments import PROJECT_ROOT
 from engine.config import RayConfig
+from engine.devices import keep_freed_memory, pin_arithmetic
 from engine.model.zoomldm import ZoomLDM
 from engine.predict import (
     DecodeBatch,
@@ -53,7 +54,6 @@ from engine.predict import (
     TilePrediction,
 )
 from engine.progress import Clock
-from engine.run import pin_arithmetic
 from engine.training.settings import ModelSettings
 from engine.training.stages import model_config
 
@@ -178,6 +178,7 @@ def measure_time(arguments: argparse.Namespace) -> dict[str, object]:
     settings = {"sampling.stride": 1000 // arguments.steps, "model.threads": arguments.threads}
     config = demo_config(arguments.size, settings | {"output.formats": "[]"})
     pin_arithmetic(arguments.threads)
+    keep_freed_memory("cpu")  # as replicas do
     model = load(arguments.model, config.model.dtype)
     maps = maps_for(config, model, LocalDenoiser(model))
     run = BareRun.of(config, model.config.scale, model.config.ssl_dim, maps)

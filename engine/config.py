@@ -38,8 +38,9 @@ class ModelConfigSection:
     """Folder or published file of the CDM, for condition cdm; None takes the one in the model's folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where replicas compute; auto takes a GPU when there is one."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Arithmetic of the networks; the canvas is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Arithmetic of the networks; the canvas is always float32. auto takes bfloat16 where the hardware multiplies it,
+    else float32 (float16 on older GPUs), and keeps what a run began with."""
     channels_last: bool = True
     """Memory format of the convolutions; changes the last bits, so it is pinned with the run."""
     threads: int = 1

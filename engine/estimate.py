@@ -224,8 +224,8 @@ def assumed_speed(config: RunConfig, model: ModelConfig, replicas: int, device: 
     return one * replicas, f"from one convolution timed here, {one * 1000:.0f} GFLOP/s, and {replicas} CPU replica(s)"
 
 
-def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -> str:
-    """Return what `--plan` prints. `device` is "cpu" or "cuda", already chosen."""
+def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str, why: str = "as configured") -> str:
+    """Return what `--plan` prints. `device` is "cpu" or "cuda", chosen as the dtype is, for the reason `why`."""
     cost = network_cost(model, config.model.dtype, config.sampling.batch_size, config.sampling.weight > 0)
     lines = ["levels          px (h x w)      latent px   µm/px          FLOP   tiles (batches) per step"]
     for i, level in enumerate(plan.levels):
@@ -253,6 +253,7 @@ def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -
         f"conditions      {cells} cells of {model.ssl_dim} ({model.encoder}); up to {grown} x {grown} a tile",
         *([_inversion_line(plan, config, cost)] if config.condition != "reference" else []),
         f"guidance        {config.guidance.method}",
+        f"dtype           {config.model.dtype} ({why})",
         f"replica         {_size(cost.weights_nbytes)} weights + about {_size(cost.activations_nbytes)} activations "
         f"({config.model.dtype}, batch {config.sampling.batch_size}), without the libraries' own",
         f"disk            {canvas}{elsewhere} + at most {_size(export_nbytes(plan, config))} exports",

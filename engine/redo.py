@@ -20,6 +20,7 @@ from engine.conditioning import extend_grid
 from engine.conditions import Conditions
 from engine.config import RunConfig
 from engine.decode import clamped, decode_part, to_uint8
+from engine.environment import settle_dtype, this_process
 from engine.errors import EngineError
 from engine.guidance import GuidePicture
 from engine.image import CHUNK_PX, TOP_PX, Image
@@ -125,7 +126,10 @@ def run_config(asked: RedoConfig, past: PastRun, flags: list[str], prog: str) ->
     if not stored.is_file():
         raise EngineError(f"{stored} must say how the run is made; it is not there. Run its command again.")
     folder = past.folder.resolve().parent / asked.name
-    return parse(["--config", str(stored.resolve()), f"--output.folder={folder}", *flags], RunConfig, prog, "")
+    config = parse(["--config", str(stored.resolve()), f"--output.folder={folder}", *flags], RunConfig, prog, "")
+    used = str(past.root.keys["model.dtype"])  # what auto came to there: the region must be of the same kind
+    kept = settle_dtype(config.model.dtype, lambda: used, this_process(config.model.device))
+    return replace(config, model=replace(config.model, dtype=kept))  # type: ignore[arg-type]  # one of the key's
 
 
 def prepare_redo(asked: RedoConfig, past: PastRun, config: RunConfig) -> RedoJob:

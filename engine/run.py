@@ -7,20 +7,18 @@ imports no Ray; generate_large.py and the benchmarks share it.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 
 from engine import __version__, outputs
 from engine.canvas import Canvas
 from engine.conditions import STORED, Conditions, find_conditions, keep_conditions
 from engine.config import ModelConfigSection, RunConfig
-from engine.devices import choose_device, encoder_device, pin_arithmetic
-from engine.errors import CanvasError, CanvasMismatchError
+from engine.devices import Ask, Hardware, choose_device, encoder_device, keep_freed_memory, pin_arithmetic, torch_dtype
+from engine.environment import ENVIRONMENT, check_environment, facts_of, remark_on_dtype, settle_run, this_process
 from engine.exports.png import check_png
 from engine.guidance import CanvasGuidance, make_canvas_guidance
 from engine.model import checkpoint, hub
@@ -39,7 +37,6 @@ _WHERE = (
     *("canvas.store", "reference", "embeddings"),
 )
 """Keys that say where something lies; what lies there counts instead (weights, conditions, device)."""
-ENVIRONMENT = "environment.json"
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,8 @@ class Job:
     config: RunConfig
     model: ModelConfig
     plan: Plan
+    asked_dtype: str = ""
+    """model.dtype before auto was settled; empty: as it is."""
 
     @property
     def folder(self) -> Path:
@@ -57,10 +56,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Crew:
-    """Who computes: the denoiser, its kind of device, how many replicas live, facts for the report, and an onlooker."""
+    """Who computes: the denoiser, on what, how many replicas live, facts for the report, and an onlooker."""
 
     denoiser: DenoiseTiles
-    device: str
+    hardware: Hardware
+    """Of the first replica."""
     alive: Callable[[], int]
     facts: Callable[[], dict[str, object]]
     onlooker: Onlooker | None = None
@@ -88,9 +88,10 @@ def prepare(config: RunConfig, model: ModelConfig | None = None) -> Job:
     return Job(config, model, plan)
 
 
-def run(job: Job, engage: Engage, progress: Progress) -> Path:
+def run(job: Job, engage: Engage, progress: Progress, ask: Ask | None = None) -> Path:
     """Make, continue or complete the run in its folder; return the folder.
 
+    `ask` tells what the crew will compute on; None: this process does.
     Raises: EngineError with what the user can do. What is committed survives any error and Ctrl-C.
     """
     clock = Clock()
@@ -101,6 +102,9 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
     if storage is not None:
         storage.check()  # before minutes are spent on a model
     with clock.phase("model"):
+        section = job.config.model
+        settled = settle_run(job.config, storage, ask or this_process(section.device))
+        job = replace(job, config=settled, asked_dtype=section.dtype)
         model = load_model(job.config)
     with clock.phase("conditions"):
         conditions = find_conditions(job.config, model, job.plan, encoder_device(job.config), progress)
@@ -135,7 +139,7 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
 def load_model(config: RunConfig) -> ZoomLDM:
     """Load the weights on the CPU, in the run's dtype and memory format."""
     section = config.model
-    model = ZoomLDM.from_pretrained(section.source, section.variant, dtype=getattr(torch, section.dtype))
+    model = ZoomLDM.from_pretrained(section.source, section.variant, dtype=torch_dtype(section.dtype))
     return model.channels_last() if section.channels_last else model
 
 
@@ -174,8 +178,12 @@ def compute(
         with clock.phase("start"):
             crew = stack.enter_context(engage())
         stack.callback(progress.close)
+        arithmetic = (job.asked_dtype, job.config.model.dtype, crew.hardware)
+        said = facts_of(*arithmetic)
         with canvas.shared(ENVIRONMENT):
-            check_environment(job.folder, crew.device)
+            check_environment(job.folder, said)
+        if line := remark_on_dtype(*arithmetic):
+            progress.say(line)
         progress.replicas, progress.onlooker = crew.alive, crew.onlooker
         timed = TimedDenoiser(crew.denoiser)
         with clock.phase("guidance"):
@@ -189,7 +197,7 @@ def compute(
             decode(s)
         return {
             **crew.facts(),
-            "device": crew.device,
+            **said,
             "resumed": resumed,
             "tiles": progress.tile_count,
             "tiles_per_s": progress.tile_count / max(clock.seconds["sampling"], 1e-9),
@@ -243,34 +251,11 @@ def canvas_guidance(
     return make_canvas_guidance(config.guidance, maps)
 
 
-def check_environment(folder: Path, device: str) -> None:
-    """Hold a run to the kind of device and the libraries it began with: they decide the last bits.
-
-    Raises: CanvasMismatchError naming what differs.
-    """
-    path = folder / ENVIRONMENT
-    now = {"device": device, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
-    if not path.exists():
-        write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())
-        return
-    try:
-        then = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CanvasError(
-            f"{path} must say where this run began; {error}. Restore it, or remove it to continue on trust."
-        ) from error
-    differing = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if then.get(k) != now[k]]
-    if differing:
-        raise CanvasMismatchError(
-            f"{folder} was begun elsewhere: {'; '.join(differing)}; the last bits would differ. Continue it there, or "
-            "use another output.folder."
-        )
-
-
 @contextmanager
 def work_alone(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
     """Compute in this process, without Ray (ray.enabled=false)."""
     device = choose_device(config.model.device)
     pin_arithmetic(config.model.threads)
+    keep_freed_memory(device)
     denoiser = LocalDenoiser(model.to(device))
-    yield Crew(denoiser, device, lambda: 1, lambda: {"replicas": 1, "restarts": 0})
+    yield Crew(denoiser, this_process(device)(), lambda: 1, lambda: {"replicas": 1, "restarts": 0})

@@ -17,6 +17,7 @@ from engine.conditioning import extend_grid
 from engine.conditions import STORED, Conditions, stored_grid
 from engine.config import RunConfig
 from engine.decode import decode_rows, to_uint8
+from engine.devices import choose_device, keep_freed_memory, pin_arithmetic
 from engine.errors import CanvasError
 from engine.image import CHUNK_PX, TOP_PX, Image
 from engine.magnification import LATENT_FACTOR
@@ -24,7 +25,7 @@ from engine.model.zoomldm import ZoomLDM
 from engine.outputs import IMAGE
 from engine.predict import DenoiseTiles, LocalDenoiser
 from engine.progress import Progress
-from engine.run import Job, choose_device, load_model, picture_keys, pin_arithmetic, prepare, provenance
+from engine.run import Job, load_model, picture_keys, prepare, provenance
 from engine.sampler import Sampling, keyed_noise, predict_window
 from engine.state import RunState, check_keys, load_state, plain
 from engine.strips import ForwardReader, ReadRows, cut
@@ -82,7 +83,9 @@ def predict_picture(folder: Path, config: RunConfig, region: Box | None, scratch
     wanted = region or Box(0, 0, height, width)
     check_region(wanted, (height, width))
     model, grid, keys = _same_model(folder, job)
-    denoiser = LocalDenoiser(model.to(choose_device(config.model.device)))
+    device = choose_device(config.model.device)
+    keep_freed_memory(device)
+    denoiser = LocalDenoiser(model.to(device))
     state, canvas = copy_latents(folder, job.plan, wanted, scratch)
     with canvas:
         reach = Reach.of(job.plan, state, wanted)

@@ -15,6 +15,14 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_bfloat16() -> Iterator[None]:
+    """dtype=auto is float32 in all tests, whatever CPU they run on: many compare with networks in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": "a CPU of the tests"})
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _hear_interrupts() -> None:
     """A shell that starts the tests in its background makes them and their children ignore SIGINT, which some send."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

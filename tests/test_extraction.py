@@ -79,7 +79,7 @@ def flags(config: ExtractConfig) -> list[str]:
 def config_of(tiny: Path, slides: Path, out: Path) -> ExtractConfig:
     features = FeatureConfig(blocks=("up.1",), timestep=100, batch=2)  # the tiny model has no up.3
     config = ExtractConfig(str(slides), str(out), finder=EVERYTHING, features=features)
-    model = replace(config.model, source=str(tiny), device="cpu")
+    model = replace(config.model, source=str(tiny), device="cpu", dtype="float32")
     return replace(config, blocks=BlockConfig(parents=1), model=model)
 
 
@@ -294,6 +294,7 @@ def test_own_condition_and_two_encoders_in_one_pass(tmp_path: Path) -> None:
     settings = FeatureConfig(condition="own", batch=2)
     slides, out = str(tmp_path / "slides"), str(tmp_path / "out")
     config = ExtractConfig(slides, out, encoders=("zoomldm", "demo"), finder=EVERYTHING, features=settings)
+    config = replace(config, model=replace(config.model, dtype="float32"))  # the encoders below read it, too
     assert run(config) == {"a": ""}
     own, ssl = (content(tmp_path / "out" / f / "a.h5") for f in ("features", "features_demo"))
     np.testing.assert_array_equal(own["20x/coords"], ssl["20x/coords"])

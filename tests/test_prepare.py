@@ -69,7 +69,7 @@ def write_slide(path: Path, height: int = 1100, width: int = 1400, mpp: float | 
 
 def config_of(model: Path, slides: Path, out: Path) -> PrepareConfig:
     config = PrepareConfig(str(slides), str(out), coarsest="5x", finder=EVERYTHING, blocks=PrepareBlocks(16, 4))
-    return replace(config, model=replace(config.model, source=str(model), device="cpu"))
+    return replace(config, model=replace(config.model, source=str(model), device="cpu", dtype="float32"))
 
 
 def flags(config: PrepareConfig) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from tiny_run import store_inputs
 
 import generate_large
+from engine.devices import hardware_of
 from engine.errors import EngineError
 from engine.image import Image
 from engine.model.zoomldm import ZoomLDM, tiny_config
@@ -180,7 +181,7 @@ def mortal(batches: int) -> Engage:
     def engage(model: ZoomLDM, config: object) -> Iterator[Crew]:
         denoiser = Dying(model)
         denoiser.left = batches
-        yield Crew(denoiser, "cpu", lambda: 1, dict)
+        yield Crew(denoiser, hardware_of("cpu"), lambda: 1, dict)
 
     return engage
 
