@@ -28,8 +28,8 @@ FLOORS = (
     "predict pointwise guidance decode window features summaries inversion enlarged",
     "level_step",
     "sampler",
-    "estimate conditions pilot progress outputs run snapshot past redo replay replay_networks training patches "
-    "outcome "
+    "estimate conditions pilot progress outputs run snapshot past redo replay training patches outcome "
+    "replay_joint replay_networks replay_ties "
     "extraction extraction_config extraction_blocks extraction_encoders "
     "extraction_outputs extraction_report extraction_local slide_crew slide_run slide_outputs slide_report "
     "preparation preparation_config preparation_plan preparation_blocks preparation_encoders preparation_outputs "
