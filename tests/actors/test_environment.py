@@ -19,7 +19,7 @@ def chosen(home: Path, **environment: str) -> str:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
         [sys.executable, "-c", SHOW], cwd=PROJECT_ROOT, env={**kept, "HOME": str(home), **environment},
-        check=True, capture_output=True, text=True, timeout=60,
+        check=True, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     return done.stdout.strip()
 
