@@ -3,8 +3,8 @@
     python -m benchmarks.guidance [--canvas 1024] [--references 3] [--recipes joint,begun,demo] [--set KEY=VALUE]
 
 The references are held-out phantoms (benchmarks.quality). Per recipe: agreement with the guide, seam score, gradient
-and dark share of tissue relative to single patches of the same conditions (50 steps of DDIM, w of configs/demo.yaml), KID
-of crops to the references themselves beside that of the patches (texture encoder, standardised), network calls,
+and dark share of tissue relative to single patches of the same conditions (50 steps of DDIM, w of configs/demo.yaml),
+KID of crops to the references themselves beside that of the patches (texture encoder, standardised), network calls,
 seconds. With --previews, look at the pictures: a figure can hide a bad one.
 """
 

@@ -111,7 +111,7 @@ def test_gpu_extrapolates_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_training_step_is_timed_and_counted(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    config = ["--config", "configs/train_demo_refine.yaml", "--initial.model", "demo"]
+    config = ["--config", "configs/train_demo_refine.yaml", "--initial.model", "demo", "--precision", "float32"]
     argv = [*config, "--batches", "1,2", "--steps", "1", "--peak-tflops", "10"]
     assert gpu_training.main([*argv, "--json", str(file)]) == 0
     one, two = json.loads(file.read_text())["rows"]
@@ -184,7 +184,8 @@ def test_pieces_share_patches_as_they_have_room() -> None:
 
 def test_cross_scale_sees_what_it_says_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--folder", str(tmp_path), "--at", "5x", "--pieces", "2", "--small", "1", "--heldout", "2"]
-    flags += ["--ratio", "9", "--steps", "3", "--stride", "500", "--threads", "1", "--seeds"]
+    flags += ["--ratio", "9", "--steps", "3", "--stride", "500", "--threads", "1"]
+    flags += ["--precision", "float32", "--seeds"]
     assert cross_scale.main([*flags, "0"]) in (0, 1)
     first = json.loads((tmp_path / "figures.json").read_text())
     assert [name.rpartition(" ")[0].rpartition(": ")[2] for name in first] == ["1", "3", "3"]

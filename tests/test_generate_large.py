@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 import zarr
+from forked import start
 from PIL import Image
 from tiny_run import store_inputs
 
@@ -129,12 +130,12 @@ def test_killed_run_resumes_to_the_same_bytes(finished: Path, inputs: list[str],
     folder = tmp_path / "killed"
     argv = [*inputs, f"--output.folder={folder}"]
     state = folder / "state.json"
-    with started(argv, tmp_path) as process:
-        while process.poll() is None and not (state.exists() and json.loads(state.read_text())["commits"] >= 2):
-            time.sleep(0.01)
-        process.kill()
-        process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process = start(generate_large.main, argv)
+    while process.is_alive() and not (state.exists() and json.loads(state.read_text())["commits"] >= 2):
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (folder / "report.json").exists()
     assert generate_large.main(argv) == 0
     assert picture(folder) == picture(finished)
@@ -147,7 +148,7 @@ def test_ctrl_c_says_how_to_continue(inputs: list[str], tmp_path: Path) -> None:
             time.sleep(0.01)
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=250)
     assert process.returncode == 130
     assert "run the same command again to continue" in err
     assert "Traceback" not in err
@@ -161,7 +162,7 @@ def test_ray_gives_the_same_bytes_from_a_copy_of_the_one_file(
     script = Path(shutil.copy(SCRIPT, tmp_path))
     before = {p.pid for p in psutil.process_iter()}
     with started([*inputs, "--ray.enabled=true", "--output.folder=run"], tmp_path, script) as process:
-        out, err = process.communicate(timeout=260)
+        out, err = process.communicate(timeout=850)
     assert process.returncode == 0, err
     assert "The pictures are in run" in out
     assert picture(tmp_path / "run") == picture(finished)
@@ -226,7 +227,7 @@ def test_metrics_hear_of_a_run_on_ray_up_to_its_scores(
 def test_ray_address_that_does_not_answer(inputs: list[str], tmp_path: Path) -> None:
     argv = [*inputs, "--ray.enabled=true", "--ray.address=127.0.0.1:9", "--output.folder=run"]
     with started(argv, tmp_path) as process:
-        _, err = process.communicate(timeout=200)
+        _, err = process.communicate(timeout=850)
     assert process.returncode == 1
     assert "127.0.0.1:9" in err
     assert "Traceback" not in err
@@ -304,7 +305,7 @@ def test_size_below_a_tile(inputs: list[str], capsys: pytest.CaptureFixture[str]
 def test_without_the_packages_it_says_what_to_do(tmp_path: Path) -> None:
     script = shutil.copy(SCRIPT, tmp_path)
     done = subprocess.run(
-        [sys.executable, "-S", "-E", script], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, "-S", "-E", script], cwd=tmp_path, capture_output=True, text=True, timeout=250
     )
     assert done.returncode == 1
     assert "pip install" in done.stderr
