@@ -114,6 +114,7 @@ def canvas_verdicts(canvas: Canvas) -> list[Verdict]:
 
 def cells_of(baseline: Baseline, tissue_grey: float, min_tissue: float) -> NDArray[np.bool_]:
     """Return which cells show tissue both on the canvas and as a patch: bool (n,)."""
+
     def shown(pictures: NDArray[np.uint8]) -> NDArray[np.bool_]:
         light = pictures.astype(np.float32).mean(axis=1) < tissue_grey
         return light.mean(axis=(1, 2)) >= min_tissue

@@ -27,7 +27,8 @@ from engine.evaluation.config import QualityConfig
 from engine.evaluation.detail import flags, ratios
 from engine.evaluation.distances import frechet_distance, kernel_distance
 from engine.evaluation.encoders import open_encoder
-from engine.evaluation.figures import Figure, kid_size, set_figures
+from engine.evaluation.figures import Figure, kid_size, memory_figure, pair_figure, set_figures
+from engine.evaluation.references import pair_vectors, training_vectors
 from engine.evaluation.sets import PictureSet, Unusable, check_scale, open_pictures
 from engine.evaluation.vectors import (
     BLUR_PX,
@@ -53,6 +54,7 @@ class Comparison:
     detail: dict[str, Any] = field(default_factory=dict)
     canvases: list[Canvas] = field(default_factory=list)
     patches: dict[str, Any] = field(default_factory=dict)
+    memorisation: dict[str, Any] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Comparison:
             "detail": self.detail,
             "canvases": [asdict(canvas) for canvas in self.canvases],
             "patches": self.patches,
+            "memorisation": self.memorisation,
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
             "warnings": self.warnings,
             "unusable": [dict(u._asdict()) for u in self.unusable],
@@ -104,6 +107,8 @@ def compare(config: QualityConfig, progress: Progress) -> Comparison:
     found.unusable = [u for one in found.sets for u in one.unusable]
     if len(found.sets) == 2:
         _compare_sets(found)
+        if encoder is not None and mpp is not None:
+            _compare_further(found, [pictures.get(path) for path in paths], encoder, mpp, progress)
     first = pictures.get(paths[0])
     if first is not None and first.runs and encoder is not None:
         _judge_runs(found, first, encoder, progress)
@@ -145,6 +150,25 @@ def _compare_sets(found: Comparison) -> None:
     if a.detail is not None and b.detail is not None:
         found.detail = {"a": asdict(a.detail), "b": asdict(b.detail), "a_relative_to_b": ratios(a.detail, b.detail),
                         "flags": flags(a.detail, b.detail)}  # fmt: skip
+
+
+def _compare_further(
+    found: Comparison, sets: list[PictureSet | None], encoder: SSLEncoder, mpp: float, progress: Progress
+) -> None:
+    """Add what needs pixels: pairs, and the training set."""
+    config, (a, b) = found.config, sets
+    rule = config.rule(mpp)
+    if config.paired:
+        if a is None or b is None:
+            raise EngineError("pairs are pictures at one place; A or B holds features. Leave --paired out.")
+        found.figures.append(pair_figure(*pair_vectors(a, b, rule, encoder, config.batch), config.seed))
+    if config.training is not None:
+        progress.say(f"training set: {config.training}")
+        where = Path(config.training)
+        vectors = training_vectors(where, rule, config.mpp, encoder, found.sets[0].digest, config.batch)
+        figure, said = memory_figure(found.sets[0], found.sets[1], vectors)
+        found.figures.append(figure)
+        found.memorisation = {"training": config.training, "n": len(vectors), **said}
 
 
 def _judge_runs(found: Comparison, pictures: PictureSet, encoder: SSLEncoder, progress: Progress) -> None:

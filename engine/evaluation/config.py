@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from engine.evaluation.crops import CropRule
 from engine.evaluation.encoders import NAMES
-from engine.evaluation.sets import CropRule
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ PITCHES = (2, 4, 8, 16, 32, 64)
 EDGE_PITCH = 16
 """Largest pitch blocks are flagged at: beyond, too few lines share a place to tell blocks from nuclei."""
 _FOLD = max(PITCHES)
-BAND_PX = 512
-"""Rows of a canvas measured at once; a multiple of every pitch and octave."""
+BAND_PX, BLOCK_PX = 512, 64
+"""Rows of a canvas read at once, and measured at once (as floats); multiples of every octave."""
 LOW, HIGH = 0.9, 1 / 0.9
 """Ratios outside are flagged: too little detail, or too much, which noise and grids are."""
 GRID_SHARE = 0.005
@@ -159,14 +159,15 @@ class DetailSums:
 
 def detail_of(picture: Picture, tissue_grey: float = TISSUE_GREY) -> Detail:
     """Measure a picture of any size in bands of rows; differences across bands count too."""
-    sums = DetailSums(tissue_grey)
-    above = None
-    for y0 in range(0, picture.height, BAND_PX):
-        rows = picture.read(y0, min(y0 + BAND_PX, picture.height))
-        sums.add(rows, y0)
-        if above is not None:
-            sums.join(above, rows[:, :1], y0)
-        above = rows[:, -1:]
+    sums, above = DetailSums(tissue_grey), None
+    for top in range(0, picture.height, BAND_PX):
+        band = picture.read(top, min(top + BAND_PX, picture.height))
+        for first in range(0, band.shape[1], BLOCK_PX):
+            rows = band[:, first : first + BLOCK_PX]
+            sums.add(rows, top + first)
+            if above is not None:
+                sums.join(above, rows[:, :1], top + first)
+            above = rows[:, -1:]
     return sums.result()
 
 
@@ -210,7 +211,7 @@ def _halved(level: NDArray[np.float32]) -> NDArray[np.float32]:
 
 def _all_of(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
     h, w = mask.shape
-    return mask.reshape(h // 2, 2, w // 2, 2).all(axis=(1, 3))
+    return np.logical_and.reduce(mask.reshape(h // 2, 2, w // 2, 2), axis=(1, 3))
 
 
 def _doubled(level: NDArray) -> NDArray:

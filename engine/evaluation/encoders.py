@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -30,9 +30,10 @@ class CLIPEncoder:
 
     id = CLIP
 
-    def __init__(self, network: nn.Module, input_px: int, width: int) -> None:
+    def __init__(self, network: CLIPVisionModelWithProjection, input_px: int, width: int) -> None:
         """Take CLIPVisionModelWithProjection with its weights."""
-        self.network, self._px, self.dim = network.eval().requires_grad_(False), input_px, width
+        network.eval().requires_grad_(False)
+        self.network, self._px, self.dim = network, input_px, width
 
     @property
     def digest(self) -> str:
@@ -91,9 +92,8 @@ def load_clip(source: str | None, device: str = "cpu") -> CLIPEncoder:
         {n: v.shape for n, v in tensors.items()}, {n: v.shape for n, v in network.state_dict().items()}, str(folder)
     )
     network.load_state_dict({n: v.to(device, torch.float32, copy=True) for n, v in tensors.items()}, assign=True)
-    network.vision_model.embeddings.position_ids = torch.arange(_positions(config), device=device)[None]
-    return CLIPEncoder(network, config.image_size, config.projection_dim)
-
-
-def _positions(config: CLIPVisionConfig) -> int:
-    return (config.image_size // config.patch_size) ** 2 + 1
+    embeddings = network.vision_model.embeddings
+    # No weight, so not in the file: it was built on the meta device.
+    embeddings.register_buffer("position_ids", torch.arange(embeddings.num_positions, device=device)[None], False)
+    side = round((embeddings.num_positions - 1) ** 0.5) * embeddings.patch_size
+    return CLIPEncoder(network, side, network.visual_projection.out_features)

@@ -16,6 +16,7 @@ import tifffile
 from numpy.typing import NDArray
 
 from engine.errors import UNREADABLE, EngineError, SlideError
+from engine.evaluation.crops import MOST_CROPS, Crop, CropRule, tissue_share
 from engine.magnification import TILE_PX
 from engine.outputs import IMAGE
 from engine.past import PastRun
@@ -28,8 +29,6 @@ SAME_MPP = 0.01
 """µm/px that differ by less, relatively, are the same."""
 MAX_DAMAGED = 0.02
 """Share of damaged px a crop may have, as for tiles of slides."""
-MOST_CROPS = 5000
-"""Crops taken where no number is asked for: more take hours with a large encoder, and change little."""
 _CHUNK = 256
 """Places looked at together, sorted by picture, so that each picture is opened seldom."""
 _LUMINANCE_SUM = 3688
@@ -60,46 +59,11 @@ class Source:
     """The folder of the run that made it."""
 
 
-class Crop(NamedTuple):
-    """256² px of one picture."""
-
-    pixels: NDArray[np.uint8]
-    """(3, 256, 256)."""
-    source: int
-    y: int
-    """Of its corner, px of the crops' µm/px."""
-    x: int
-
-
-@dataclass(frozen=True)
-class CropRule:
-    """Which crops are taken."""
-
-    mpp: float
-    """µm/px."""
-    count: int | None
-    """None takes all there are, at most MOST_CROPS."""
-    stride: int = TILE_PX
-    """px between neighbours; below 256 they overlap and count more than once."""
-    min_tissue: float = 0.25
-    """Share of a crop's px below `tissue_grey`."""
-    tissue_grey: float = 215.0
-    seed: int = 0
-
-    def said(self) -> str:
-        """Return the rule in words."""
-        many = "all" if self.count is None else f"{self.count}, drawn by seed {self.seed},"
-        return (
-            f"{many} {TILE_PX}² px crops at {self.mpp:g} µm/px, every {self.stride} px from a random corner per "
-            f"picture, at least {self.min_tissue:.0%} of px with mean grey < {self.tissue_grey:g}"
-        )
-
-
 class PictureSet:
     """Pictures that can be read, and those that could not."""
 
     def __init__(self, where: str, sources: Sequence[Source], unusable: Sequence[Unusable], mpp: float | None) -> None:
-        self.where, self.sources, self.unusable = where, list(sources), list(unusable)
+        self.where, self.sources, self.unusable, self.mpp = where, list(sources), list(unusable), mpp
         shared = OpenSlides(mpp=mpp, limit=4)
         # The picture of a run says its µm/px even where no scanner could have it (aerial pictures).
         self._slides = {s.path: OpenSlides(mpp=s.mpp, limit=1) if s.run else shared for s in self.sources}
@@ -166,7 +130,7 @@ class PictureSet:
             crops: dict[int, Crop | None] = {}
             for i in np.argsort(chunk[:, 0], kind="stable"):
                 source, y, x = (int(v) for v in chunk[i])
-                crops[int(i)] = self._read(source, y, x, rule)
+                crops[int(i)] = self.read(source, y, x, rule)
             yield from (crops[i] for i in range(len(chunk)))
 
     def _places(self, rule: CropRule, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
@@ -180,7 +144,8 @@ class PictureSet:
             ys, xs = np.meshgrid(*axes, indexing="ij")
             yield np.stack([np.full(ys.size, number), ys.ravel(), xs.ravel()], axis=1).astype(np.int64)
 
-    def _read(self, number: int, y: int, x: int, rule: CropRule) -> Crop | None:
+    def read(self, number: int, y: int, x: int, rule: CropRule) -> Crop | None:
+        """Return the crop of a picture with its corner at (y, x) px of the rule; None if it shows too little."""
         source = self.sources[number]
         try:
             slide = self._slides[source.path].get(source.path)
@@ -193,11 +158,6 @@ class PictureSet:
         pixels = np.ascontiguousarray(region.pixels.transpose(2, 0, 1))
         enough = tissue_share(pixels, rule.tissue_grey) >= rule.min_tissue
         return Crop(pixels, number, y, x) if enough and region.valid.mean() >= 1 - MAX_DAMAGED else None
-
-
-def tissue_share(pixels: NDArray[np.uint8], grey: float) -> float:
-    """Return the share of px of (3, h, w) whose mean is below `grey`."""
-    return float((pixels.astype(np.float32).mean(axis=0) < grey).mean())
 
 
 def open_pictures(path: Path, mpp: float | None = None) -> PictureSet:

@@ -16,8 +16,9 @@ from scipy import ndimage
 
 from engine.bags import BagFile, find_bags
 from engine.errors import BagError, CheckpointError, EngineError
+from engine.evaluation.crops import Crop, CropRule
 from engine.evaluation.detail import Detail, DetailSums
-from engine.evaluation.sets import Crop, CropRule, PictureSet, Unusable
+from engine.evaluation.sets import PictureSet, Unusable
 from engine.model.ssl_encoder import SSLEncoder
 
 SHOWN = 8
