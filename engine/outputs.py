@@ -4,6 +4,7 @@ Each file is whole or not there; what is there is not made again. It does not kn
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from engine.canvas import BAND
 from engine.config import ExportFormat, RunConfig
 from engine.consistency import consistent_rows, rows_above
 from engine.decode import decode_rows, to_uint8
+from engine.evaluation.detail import detail_of
 from engine.exports.formats import write_export
 from engine.exports.png import write_picture, write_preview
 from engine.image import TOP_PX, Image
@@ -186,6 +188,7 @@ def report(folder: Path, config: RunConfig, plan: Plan, facts: dict[str, object]
             part = Part.multiple(image, level.factor)
             inside = guide[:, : part.height // level.factor, : part.width // level.factor]
             scores["consistency_psnr_db"] = consistency_psnr(part, inside)
+        scores["detail"] = asdict(detail_of(image))
     settings = {
         "size_px": [image.height, image.width],
         "levels": [n.name for n in plan.levels],

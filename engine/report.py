@@ -129,12 +129,13 @@ def write_report(
         "versions": {"python": platform.python_version(), **{n: version(n) for n in _LIBRARIES}, **(versions or {})},
         "machine": {"platform": platform.platform(), "host": platform.node(), "cpus": os.cpu_count()},
     }
-    write_atomically(path, (json.dumps(_finite(record), indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps(finite(record), indent=2, allow_nan=False) + "\n").encode())
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """Return JSON-like content with None where JSON has no number: NaN and infinity."""
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("generate_large", "engine.parity", "engine.train", "engine.sample", "engine.export", "engine.export_features"),
     *("engine.extract_features", "engine.phantom_slides", "engine.phantom_cohort", "engine.prepare"),
-    "engine.superres",
+    *("engine.superres", "engine.quality"),
 )
 MIL_COMMANDS = ("mil.train", "mil.predict", "mil.compare", "mil.heatmap")
 CHOOSES_ACTORS = ("engine.extract_features", "engine.prepare", "engine.superres", "engine.train", "mil.train")
@@ -34,8 +34,8 @@ FLOORS = (
     "extraction extraction_config extraction_blocks extraction_encoders "
     "extraction_outputs extraction_report extraction_local slide_crew slide_run slide_outputs slide_report "
     "preparation preparation_config preparation_plan preparation_blocks preparation_encoders preparation_outputs "
-    "preparation_report published_files",
-    "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort superres",
+    "preparation_report published_files evaluation",
+    "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort superres quality",
 )
 MIL_FLOORS = (
     "errors metrics calibration page",
