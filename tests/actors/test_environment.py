@@ -21,7 +21,7 @@ def chosen(home: Path, show: str = SHOW, **environment: str) -> str:
     """Return mode, whether there is a token, and whether Ray was imported, in a fresh process. `show` prints them."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", SHOW], cwd=PROJECT_ROOT, env={**kept, "HOME": str(home), **environment},
+        [sys.executable, "-c", show], cwd=PROJECT_ROOT, env={**kept, "HOME": str(home), **environment},
         check=True, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     return done.stdout.strip()
