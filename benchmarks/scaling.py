@@ -210,7 +210,8 @@ def measure(
     size: int, seconds: np.ndarray, call_s: float, steps: int, barriers: bool = False, clock: str = "wall"
 ) -> dict[str, object]:
     """Sample the first steps, three or more, of a canvas; return what was found."""
-    settings = {"sampling.batch_size": 16, "decode.batch_size": 8, "guidance.method": "linear"}
+    # Levels side by side: every step has the same work, so that a few of them stand for all.
+    settings = {"sampling.from_guide": 0, "sampling.batch_size": 16, "decode.batch_size": 8}
     run = BareRun.of(demo_config(size, settings), BRCA_SCALE, SSL_DIM, MAPS).first_steps(steps)
     replicas = SimulatedReplicas(seconds, call_s, barriers, CLOCKS[clock])
     with tempfile.TemporaryDirectory() as folder:

@@ -103,7 +103,7 @@ def test_gpu_extrapolates_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert newton["pflop"] > 2 * none["pflop"]
     for row in (newton, none):
         assert row["tiles_per_step"] == 4
-        assert row["sampling_s"] == pytest.approx(2 * row["sampling_measured_s"])
+        assert row["sampling_s"] == pytest.approx(2 * row["sampling_measured_s"], rel=1e-3)
         assert row["total_s"] == pytest.approx(row["sampling_s"] + row["decoding_s"])
         assert row["tflops_network"] >= row["tflops"] > 0
         assert row["peak_gib"] is None

@@ -25,6 +25,7 @@ import generate_large
 from actors.work import PoolStats, PoolWatch
 from engine.arguments import PROJECT_ROOT
 from engine.config import RayConfig
+from engine.devices import hardware_of
 from engine.model.zoomldm import ZoomLDM
 from engine.predict import LocalDenoiser
 
@@ -188,7 +189,7 @@ def test_metrics_hear_of_a_run_on_ray_up_to_its_scores(
         events.append(("ray left",))
 
     class Pool(LocalDenoiser):
-        replicas, stats = [SimpleNamespace(device="cpu")], PoolStats(replicas=1)
+        replicas, stats = [SimpleNamespace(hardware=hardware_of("cpu"))], PoolStats(replicas=1)
 
         def __init__(self, model: ZoomLDM, config: RayConfig, *, watch: PoolWatch, **_: object) -> None:
             super().__init__(model)

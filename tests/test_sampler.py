@@ -117,7 +117,7 @@ def test_where_tiles_agree_the_tiling_does_not_matter(tmp_path: Path, method: st
 class Raising:
     """A guidance that raises every latent by one."""
 
-    halo_cells = 0
+    cell, halo_cells = 1, 0
 
     def correct(self, x0: torch.Tensor, wished: torch.Tensor, q: int) -> torch.Tensor:
         return x0 + 1
@@ -146,7 +146,7 @@ FROM_GUIDE = SamplingConfig(stride=300, weight=1.0, weight_from=700, from_guide=
 def test_resumed_equals_uninterrupted(tmp_path: Path, model: ZoomLDM, method: str, how: SamplingConfig) -> None:
     c = config(method, how)
     whole = sample(tmp_path / "whole", c, LocalDenoiser(model))
-    for batches in (0, 5, 4, 4):  # inside the first, second and third step, and in the refinement
+    for batches in (0, 5, 4, 4 if how is SAMPLING else 3):  # inside a step of each pass, and in the refinement
         with pytest.raises(ConnectionError):
             sample(tmp_path / "cut", c, Dying(LocalDenoiser(model), batches))
     assert np.array_equal(sample(tmp_path / "cut", c, LocalDenoiser(model)), whole)
@@ -194,7 +194,8 @@ def test_reading_ahead_changes_no_byte(tmp_path: Path, model: ZoomLDM, method: s
     whole = sample(tmp_path / "whole", c, LocalDenoiser(model))
     ahead = ReadingAhead(LocalDenoiser(model), 3)
     assert np.array_equal(sample(tmp_path / "ahead", c, ahead), whole)
-    assert any(len(set(keys)) > 1 for keys in ahead.seen)  # batches of two levels or steps side by side
+    joint = how is not FROM_GUIDE  # its levels are too small to be read ahead by themselves
+    assert any(len(set(keys)) > 1 for keys in ahead.seen) == joint  # batches of two levels or steps side by side
 
 
 def test_the_next_step_begins_before_the_last_tiles_are_in(tmp_path: Path) -> None:
