@@ -34,7 +34,8 @@ FLOORS = (
     "extraction_outputs extraction_report extraction_local slide_crew slide_run slide_outputs slide_report "
     "preparation preparation_config preparation_plan preparation_blocks preparation_encoders preparation_outputs "
     "preparation_report published_files evaluation",
-    "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort superres quality",
+    "parity train sample export export_features extract_features prepare phantom_slides phantom_cohort superres "
+    "quality",
 )
 MIL_FLOORS = (
     "errors metrics calibration page",

@@ -57,7 +57,7 @@ def test_a_picture_beside_itself_has_nothing_flagged() -> None:
 
 def test_another_window_of_the_tissue_is_hardly_flagged() -> None:
     other = np.ascontiguousarray(Phantom.varied(10_500).render(256, 256, 512, 512, 0.5).transpose(2, 0, 1))
-    assert not any("grid" in said or "blocks" in said for said in flags(detail(other), OWN))
+    assert not any("a grid of" in said or "blocks of" in said for said in flags(detail(other), OWN))
 
 
 def test_every_figure_falls_with_blur() -> None:
