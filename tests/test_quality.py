@@ -12,6 +12,7 @@ import pytest
 import tifffile
 import torch
 from known_bag import known_features, known_plan
+from known_prepared import FACTS, write_slide
 from scipy import ndimage
 from tiny_run import store_inputs
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -20,7 +21,10 @@ import generate_large
 from engine.bag_writer import write_bag
 from engine.evaluation.crops import CropRule
 from engine.evaluation.encoders import load_clip
+from engine.evaluation.inception import Inception, load_inception
 from engine.evaluation.sets import open_pictures
+from engine.model.zoomldm import ZoomLDM
+from engine.prepared_writer import open_set
 from engine.quality import main, with_names
 from engine.slides.phantom import Phantom
 from engine.state import load_state, save_state
@@ -267,3 +271,46 @@ def test_any_clip_vision_tower(root: Path, tmp_path: Path) -> None:
     assert "CLIP FID" in values(record)
     network.vision_model.embeddings.class_embedding = torch.nn.Parameter(torch.zeros(32))
     assert load_clip(str(tmp_path / "clip")).digest == encoder.digest
+
+
+def test_inception_takes_the_papers_names_and_reads_its_file_as_data(root: Path, tmp_path: Path, capsys) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = Inception().state_dict()
+    names = {"Conv2d_1a_3x3.conv.weight", "Mixed_5b.branch5x5_2.bn.running_var", "Mixed_7c.branch3x3dbl_3b.conv.weight"}
+    assert names <= weights.keys()
+    learned = sum(v.numel() for n, v in weights.items() if n.endswith(("weight", "bias")) and not n.startswith("fc"))
+    assert learned == 21_785_568  # Inception-v3 without classifiers
+    torch.save({n: v for n, v in weights.items() if not n.endswith("num_batches_tracked")}, tmp_path / "fid.pth")
+    encoder = load_inception(tmp_path / "fid.pth")
+    pixels = torch.from_numpy(TISSUE[0][None, :256, :256].transpose(0, 3, 1, 2).copy())
+    assert encoder.encode(pixels).shape == (1, 2048)
+    torch.save(replace, tmp_path / "hostile.pth")
+    said = refused(capsys, root / "real", root / "real", "--inception", tmp_path / "hostile.pth", f"--out={tmp_path}")
+    assert "hostile.pth" in said
+
+
+def test_the_table_of_zoomldm(root: Path, tmp_path: Path, capsys) -> None:
+    model = ZoomLDM.from_pretrained(root / "model")
+    config = model.config
+    facts = replace(FACTS, magnifications=config.magnifications[:2], encoder=config.encoder, ssl_dim=config.ssl_dim)
+    data = tmp_path / "data"
+    open_set(data, facts)
+    places = {"20x": [(0, 0), (0, 1), (1, 0), (1, 1)], "10x": [(0, 0)]}
+    write_slide(data, facts, "S", places, cells=(2, 2), images=True)
+    argv = (root / "model", data, "--protocol=zoomldm", "--count=4", "--batch=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.evaluation.protocols.STEPS", 2)
+        code, record = quality(tmp_path / "out", *argv)
+    assert code == 0
+    row = record["table"][0]
+    assert row["what"].endswith("20x")
+    assert (row["n_a"], row["n_b"]) == (4, 4)
+    assert row["value"] > 0
+    assert "10x: 1 patches" in record["warnings"][0]
+    assert "prepared set" in refused(capsys, root / "model", root / "real", "--protocol=zoomldm", "--out=x")
+
+
+def test_the_table_of_large_images_says_what_it_needs(root: Path, capsys) -> None:
+    argv = (root / "finished", root / "real", "--protocol=large-image-diffusion", "--out=x")
+    assert "--clip" in refused(capsys, *argv)

@@ -1,7 +1,6 @@
 """Detail falls under blur, and what is no detail (noise, grids, blocks) is flagged instead of praised."""
 
 import io
-from collections.abc import Callable
 
 import numpy as np
 import PIL.Image
