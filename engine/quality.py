@@ -4,6 +4,7 @@
     python -m engine.quality RUN SLIDES --patches 64          (and single patches of the same model and conditions)
     python -m engine.quality PICTURES SLIDES --encoder uni --crop_mpp 0.5 --count 2000
     python -m engine.quality RUN                               (detail, seams and agreement alone)
+    python -m engine.quality MODEL PREPARED --protocol zoomldm --inception FILE
 
 A and B are runs, pictures, slides, bags of features, or folders of them. Writes OUT/quality.json and OUT/quality.html.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but for some inputs (they are listed), 130 or 143 interrupted.
@@ -17,9 +18,10 @@ from pathlib import Path
 
 from engine.arguments import parse
 from engine.errors import EngineError
-from engine.evaluation.compare import Comparison, compare
+from engine.evaluation.compare import Comparison
 from engine.evaluation.config import QualityConfig
 from engine.evaluation.page import number, page_of
+from engine.evaluation.protocols import evaluate
 from engine.interruption import sigterm_as_exit
 from engine.progress import Progress
 from engine.report import finite
@@ -47,7 +49,7 @@ def write(found: Comparison, folder: Path) -> None:
 
 def summary(found: Comparison) -> str:
     """Return the figures for a terminal."""
-    lines = []
+    lines = [f"{r.what:<40} {number(r.value):>9}   n {r.n_a}, {r.n_b}; floor {number(r.floor)}" for r in found.table]
     for f in found.figures:
         span = "" if f.low is None else f" ({number(f.low)} … {number(f.high)})"
         beside = f"floor {number(f.floor)}, ceiling {number(f.ceiling)}, A at the floor's n {number(f.at_floor_n)}"
@@ -70,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     progress = Progress()
     try:
         with sigterm_as_exit():
-            found = compare(config, progress)
+            found = evaluate(config, progress)
             write(found, Path(config.out))
     except ValueError as error:
         progress.say(f"engine.quality: {error}")

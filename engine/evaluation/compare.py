@@ -58,6 +58,8 @@ class Comparison:
     verdicts: list[Verdict] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
+    table: list[Any] = field(default_factory=list)
+    """Rows of a paper's protocol."""
     sets: list[VectorSet] = field(default_factory=list)
     baseline: Baseline | None = None
 
@@ -68,6 +70,7 @@ class Comparison:
             "facts": self.facts,
             "figures": [{**asdict(figure), **self.facts} for figure in self.figures],
             "detail": self.detail,
+            "table": [{**asdict(row), **self.facts} for row in self.table],
             "canvases": [asdict(canvas) for canvas in self.canvases],
             "patches": self.patches,
             "memorisation": self.memorisation,
@@ -116,7 +119,7 @@ def compare(config: QualityConfig, progress: Progress) -> Comparison:
 
 
 def _encoder(config: QualityConfig) -> SSLEncoder:
-    return open_encoder(config.encoder, config.encoder_source, choose_device(config.device))
+    return open_encoder(*config.seen_by, choose_device(config.device))
 
 
 def _facts(config: QualityConfig, sets: list[VectorSet], mpp: float | None) -> dict[str, Any]:

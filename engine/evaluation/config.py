@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from engine.evaluation.crops import CropRule
-from engine.evaluation.encoders import NAMES
+from engine.evaluation.encoders import INCEPTION, NAMES
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class QualityConfig:
     """demo, texture (nothing to fetch), dinov2-reg-l, phikon, uni, or clip (any CLIP vision tower of transformers)."""
     encoder_source: str | None = None
     """Folder or Hub id of the encoder's weights; None takes where they were published. clip needs it."""
+    inception: str | None = None
+    """File with the weights of the FID papers' Inception-v3 (pt_inception-2015-12-05, or safetensors): the encoder."""
     crop_mpp: float | None = None
     """µm/px of the crops; None: the one that all pictures have."""
     mpp: float | None = None
@@ -56,6 +58,13 @@ class QualityConfig:
     out: str = "runs/quality"
     """Folder for quality.json and quality.html."""
 
+    protocol: Literal["zoomldm", "large-image-diffusion"] | None = None
+    """The table of a paper. zoomldm: A is a model, B a prepared set with images. large-image-diffusion: A are runs."""
+    variant: str | None = None
+    """Sub-folder of the model A: brca or naip (protocol zoomldm)."""
+    clip: str | None = None
+    """Folder or Hub id of the CLIP for CLIP FID (protocol large-image-diffusion)."""
+
     def __post_init__(self) -> None:
         if self.encoder not in NAMES:
             raise ValueError(f"encoder must be one of {', '.join(NAMES)}; got {self.encoder!r}.")
@@ -76,6 +85,11 @@ class QualityConfig:
             )
         if self.b is None and (self.paired or self.training):
             raise ValueError("paired and training compare with B; got no B. Name it second, or drop them.")
+
+    @property
+    def seen_by(self) -> tuple[str, str | None]:
+        """The encoder's name, and where its weights lie."""
+        return (self.encoder, self.encoder_source) if self.inception is None else (INCEPTION, self.inception)
 
     def rule(self, mpp: float) -> CropRule:
         """Return the crop rule at a µm/px."""

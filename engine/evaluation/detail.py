@@ -28,6 +28,10 @@ EDGE_PITCH = 16
 _FOLD = max(PITCHES)
 BAND_PX, BLOCK_PX = 512, 64
 """Rows of a canvas read at once, and measured at once (as floats); multiples of every octave."""
+_WAYS = (
+    ("too little (blur, loss)", "too much (noise, grid, compression)"),
+    ("too little (nuclei lost or pale)", "too much (darker, or more nuclei)"),
+)
 LOW, HIGH = 0.9, 1 / 0.9
 """Ratios outside are flagged: too little detail, or too much, which noise and grids are."""
 GRID_SHARE = 0.005
@@ -184,8 +188,7 @@ def flags(of: Detail, relative_to: Detail) -> list[str]:
     for name, ratio in ratios(of, relative_to).items():
         limits = (LOW**2, HIGH**2) if name.startswith("energy") else (LOW, HIGH)  # energy is a square
         if ratio is not None and not limits[0] <= ratio <= limits[1]:
-            way = "too little (blur, loss)" if ratio < 1 else "too much (noise, grid, compression)"
-            said.append(f"{name} {ratio:.2f}: {way}")
+            said.append(f"{name} {ratio:.2f}: {_WAYS[name == 'dark_share'][ratio > 1]}")
     grids = {p: s for p, s in of.grid_share.items() if s is not None and s >= GRID_SHARE}
     if grids:
         pitch = max(grids, key=lambda p: grids[p])

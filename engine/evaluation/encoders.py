@@ -13,13 +13,14 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from engine.errors import CheckpointError
+from engine.evaluation.inception import load_inception
 from engine.model import hub
 from engine.model.encoders import DEMO, ENCODERS, load_encoder
 from engine.model.ssl_encoder import SSLEncoder, digest_of, require_cells
 from engine.model.store import check_fit, read_safetensors
 
-CLIP = "clip"
-NAMES = (*ENCODERS, CLIP)
+CLIP, INCEPTION = "clip", "inception"
+NAMES = (*ENCODERS, CLIP, INCEPTION)
 _FILES = ("config.json", "model.safetensors")
 _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _TOWER = ("vision_model.", "visual_projection.")
@@ -59,6 +60,10 @@ def open_encoder(name: str, source: str | None = None, device: str = "cpu") -> S
     """
     if name == CLIP:
         return load_clip(source, device)
+    if name == INCEPTION:
+        if source is None:
+            raise CheckpointError("inception's weights must be brought; got none. Pass --inception FILE.")
+        return load_inception(Path(source), device)
     if name == DEMO and source is None:
         source = str(hub.locate(DEMO))
     return load_encoder(name, source, device=device, flag="--encoder_source")

@@ -22,7 +22,7 @@ from engine.evaluation.distances import (
     paired_similarity,
     sliced_distance,
 )
-from engine.evaluation.encoders import CLIP
+from engine.evaluation.encoders import CLIP, INCEPTION
 from engine.evaluation.vectors import VectorSet
 
 Better = Literal["lower", "higher", "near 1"]
@@ -117,7 +117,7 @@ def kid_size(config: QualityConfig, *lengths: int) -> int:
 
 def frechet_name(encoder: str) -> str:
     """Return what the Fréchet distance is called with an encoder: papers call it FID by where vectors come from."""
-    return {CLIP: "CLIP FID", "inception": "FID"}.get(encoder, f"Fréchet distance ({encoder})")
+    return {CLIP: "CLIP FID", INCEPTION: "FID"}.get(encoder, f"Fréchet distance ({encoder})")
 
 
 def _too_few(n: int, dim: int) -> str:

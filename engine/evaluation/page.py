@@ -30,6 +30,7 @@ def page_of(found: Comparison) -> str:
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Quality</title><style>{_STYLE}</style>",
         f"<h1>{html.escape(found.config.a + against)}</h1>",
         *(f"<p class=warn>{html.escape(w)}</p>" for w in found.warnings),
+        _table(found),
         _verdicts(found),
         _figures(found.figures),
         _detail(found),
@@ -50,6 +51,14 @@ def number(value: float | None) -> str:
     if value is None or math.isnan(value):
         return "—"
     return f"{value:.4g}"
+
+
+def _table(found: Comparison) -> str:
+    if not found.table:
+        return ""
+    head = ("figure", "value", "n of A", "n of B", "floor", "how")
+    rows = [(r.what, number(r.value), str(r.n_a), str(r.n_b), number(r.floor), r.how) for r in found.table]
+    return f"<h2>Protocol {found.config.protocol}</h2>" + table(head, rows)
 
 
 def _verdicts(found: Comparison) -> str:
