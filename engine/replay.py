@@ -188,7 +188,7 @@ def replay_refine(model: ZoomLDM, e: Expected) -> Iterator[Check]:
     noise = [e[f"refine.noise.{i + 1}"][0].numpy() for i in range(count)]
     x_t = schedule[0].renoise(x0, _untile(e["refine.noise.0"].numpy()))
     tiling = make_tiling(x0.shape[1], x0.shape[2], 16, 1)
-    out = _sample(model, grid, x_t, Pass("refine", schedule, (tiling,), "uniform", 2.0, False, False), noise)
+    out = _sample(model, grid, x_t, Pass("refine", schedule, (tiling,), "uniform", 2.0, False, "noise"), noise)
     yield Check("refine.out", relative(torch.from_numpy(out), torch.from_numpy(_untile(e["refine.out"].numpy()))),
                 CANVAS_TOLERANCE)  # fmt: skip
 
@@ -207,7 +207,7 @@ def replay_panorama(model: ZoomLDM, e: Expected) -> Iterator[Check]:
     x_t = schedule[0].renoise(e["panorama.init.0"][0].numpy(), noise[0])
     tiling = make_tiling(x_t.shape[1], x_t.shape[2], 16, 1)
     later = [*noise[1:], np.zeros_like(noise[0])]
-    out = _sample(model, grid, x_t, Pass("panorama", schedule, (tiling,), "uniform", 3.0, False, False), later)
+    out = _sample(model, grid, x_t, Pass("panorama", schedule, (tiling,), "uniform", 3.0, False, "noise"), later)
     yield Check("panorama.latent", relative(torch.from_numpy(out)[None], e["panorama.latent"]), CANVAS_TOLERANCE)
 
 
