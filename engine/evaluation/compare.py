@@ -184,6 +184,10 @@ def _judge_runs(found: Comparison, pictures: PictureSet, encoder: SSLEncoder, pr
         return
     progress.say(f"drawing {config.patches} single patches")
     base = found.baseline = draw_baseline(pictures.runs, config.patches, config.seed, config.device)
+    if len(base.patches) < config.patches:
+        found.warnings.append(
+            f"{config.patches} single patches were asked for; the runs have {len(base.patches)} cells."
+        )
     verdicts, said = detail_verdicts(*base.details(config.tissue_grey))
     found.patches = {"n": len(base.patches), "drawn": base.said, "mpp": base.mpp, "detail": said}
     found.verdicts += verdicts
