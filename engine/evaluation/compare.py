@@ -142,6 +142,11 @@ def _compare_sets(found: Comparison) -> None:
     (a, b), config = found.sets, found.config
     if abs(a.mpp / b.mpp - 1) > 0.01:
         raise EngineError(f"both sets must have one µm/px; got {a.mpp:g} and {b.mpp:g}. Name one with --crop_mpp.")
+    if min(len(a), len(b)) < 2:
+        raise EngineError(
+            f"each set must give at least two crops, or it has no spread; got {len(a)} and {len(b)}. Add pictures, or "
+            "let crops overlap with a smaller --stride."
+        )
     found.figures = set_figures(a, b, config)
     found.warnings += [f"{figure.name}: {figure.note}" for figure in found.figures[:1] if "below" in figure.note]
     lossy = [any("jpeg" in codec for codec in one.codecs) for one in (a, b)]
