@@ -18,6 +18,7 @@ from pathlib import Path
 try:
     from engine.arguments import parse, parse_with_flags, take
     from engine.config import RunConfig
+    from engine.devices import Hardware
     from engine.errors import EngineError
     from engine.model.zoomldm import ZoomLDM
     from engine.outcome import finish
@@ -38,7 +39,7 @@ DESCRIPTION = """Make one large, coherent picture from a ZoomLDM checkpoint. Run
 interrupted run. With --redo x,y,width,height --seed N [--from_t T] RUN, sample a region (px) of a finished run again,
 noised back to timestep T (600 unless said), into a run folder beside it; other keys are as RUN has them. Exit codes: 0
 done, 1 failed, 2 wrong usage, 130 or 143 interrupted."""
-FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk and an estimated time, and stop"}
+FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk, dtype and an estimated time, and stop"}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     progress = Progress()
     if not any(word.partition("=")[0] == "--redo" for word in argv):
         config, flags = parse_with_flags(argv, RunConfig, PROG, DESCRIPTION, FLAGS)
-        return finish(PROG, lambda: prepare(config), on_ray, progress, plan_only="plan" in flags)
+        return finish(PROG, lambda: prepare(config), on_ray, ask_ray, progress, plan_only="plan" in flags)
     own, rest = take(argv, RedoConfig)
     asked = parse(own, RedoConfig, PROG, DESCRIPTION, first="run")
     try:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     except EngineError as error:
         progress.say(f"{PROG}: {error}")
         return 1
-    return finish(PROG, lambda: prepare_redo(asked, past, config), on_ray, progress)
+    return finish(PROG, lambda: prepare_redo(asked, past, config), on_ray, ask_ray, progress)
 
 
 def on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> AbstractContextManager[Crew]:
@@ -65,6 +66,14 @@ def on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> Abstract
     from actors.crew import work_on_ray  # Ray is imported only by runs that use it
 
     return work_on_ray(connection, model, config)
+
+
+def ask_ray(config: RunConfig) -> Hardware:
+    """Find out what the replicas of a Ray cluster, or of a private Ray, compute on."""
+    announce_address(config.ray.address)
+    from actors.hardware import hardware_of_replicas
+
+    return hardware_of_replicas(config.ray, config.model.device)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,11 @@ def connect(config: RayConfig, *, num_cpus: int | None = None, store_bytes: int 
                 _leave(started | set(_descendants()) - before)
 
 
+def joins_cluster(config: RayConfig) -> bool:
+    """Say whether `connect` uses a cluster that runs already, one this process is connected to included."""
+    return ray.is_initialized() or _address(config) is not None
+
+
 def _address(config: RayConfig) -> str | None:
     """Return the cluster to join, or None for a private Ray. Raises ClusterError when "auto" finds none."""
     address = config.address or os.environ.get("RAY_ADDRESS") or "local"

@@ -34,4 +34,4 @@ def work_on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> Ite
                 "compute_s": round(stats.compute_s, 3),
             }
 
-        yield Crew(pool, pool.replicas[0].device, lambda: pool.stats.replicas, facts, metrics)
+        yield Crew(pool, pool.replicas[0].hardware, lambda: pool.stats.replicas, facts, metrics)

@@ -16,10 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.devices import Hardware, hardware_of, keep_freed_memory
 from engine.model.config import ModelConfig
 from engine.model.networks import build_networks
 from engine.model.zoomldm import ZoomLDM
-from engine.predict import DecodeBatch, DecodedBatch, LocalDenoiser, TileBatch, TilePrediction
+from engine.predict import (
+    DecodeBatch,
+    DecodedBatch,
+    EncodeBatch,
+    EncodedBatch,
+    LocalDenoiser,
+    TileBatch,
+    TilePrediction,
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +61,14 @@ class ReplicaInfo:
 
     pid: int
     host: str
-    device: str
+    hardware: Hardware
 
 
 @dataclass(frozen=True)
 class Answer:
     """A replica's answer and the seconds it computed."""
 
-    value: TilePrediction | DecodedBatch
+    value: TilePrediction | DecodedBatch | EncodedBatch
     seconds: float
 
 
@@ -118,6 +127,7 @@ class DenoiserActor:
 
     def __init__(self, threads: int, device: str) -> None:
         pin_arithmetic(threads)
+        keep_freed_memory(device)
         self.device = device
         self._local: LocalDenoiser | None = None
         self._wide: LocalDenoiser | None = None
@@ -128,7 +138,7 @@ class DenoiserActor:
         A call and not the constructor: an error here keeps its own type and text, one there only says "actor died".
         """
         self._local = LocalDenoiser(unpack_model(packed, self.device))
-        return ReplicaInfo(os.getpid(), socket.gethostname(), self.device)
+        return ReplicaInfo(os.getpid(), socket.gethostname(), hardware_of(self.device))
 
     def denoise(self, batch: TileBatch, float32: bool = False) -> Answer:
         """Evaluate a batch; `float32` widens a 16-bit model for this call."""
@@ -141,6 +151,10 @@ class DenoiserActor:
         """Decode a batch of latent windows; `float32` as in denoise."""
         return _timed(self._denoiser(float32).decode_batch, replace(batch, latents=batch.latents.copy()))
 
+    def encode(self, batch: EncodeBatch, float32: bool = False) -> Answer:
+        """Encode a batch of picture windows; `float32` as in denoise."""
+        return _timed(self._denoiser(float32).encode_batch, replace(batch, images=batch.images.copy()))
+
     def _denoiser(self, float32: bool) -> LocalDenoiser:
         if self._local is None:
             raise RuntimeError("load must be called before the first batch.")
@@ -151,7 +165,9 @@ class DenoiserActor:
         return self._wide
 
 
-def _timed(function: Callable[..., TilePrediction | DecodedBatch], batch: TileBatch | DecodeBatch) -> Answer:
+def _timed(
+    function: Callable[..., TilePrediction | DecodedBatch | EncodedBatch], batch: TileBatch | DecodeBatch | EncodeBatch
+) -> Answer:
     """Call and time; arrays that come from Ray are read-only, so the callers above hand over copies torch may wrap."""
     start = time.perf_counter()
     value = function(batch)

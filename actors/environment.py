@@ -11,12 +11,16 @@ from pathlib import Path
 
 HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """What an HTTP/2 client says first (RFC 9113, 3.4), with an empty SETTINGS frame; Ray's head speaks gRPC over it."""
+NICENESS_VARIABLE = "RAY_worker_niceness"
 SETTINGS_FRAME = 4
 """Type of the frame that every HTTP/2 server answers with; the fourth byte of a frame is its type."""
 
 
 def prepare_environment() -> None:
-    """Choose telemetry and authentication, unless the user has; call before Ray is imported.
+    """Choose telemetry, niceness and authentication, unless the user has; call before Ray is imported.
+
+    Ray starts its workers at niceness 15: on a busy machine everything else then comes before replicas, the driver that
+    waits for them included. A cluster that is joined has chosen for itself.
 
     With a token on this machine, it is used. Without one, what a private Ray needs and what a cluster needs differ. A
     private Ray gets a random token, for this process and its children: other users of the machine cannot run code in
@@ -25,6 +29,7 @@ def prepare_environment() -> None:
     at birth ("all references to the actor were removed").
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault(NICENESS_VARIABLE, "0")
     if "ray" in sys.modules or "RAY_AUTH_MODE" in os.environ:
         return
     known = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ

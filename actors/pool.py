@@ -22,7 +22,7 @@ from actors.work import PoolStats, PoolWatch, Run, Work, begun, fault_of, first_
 from engine.config import RayConfig
 from engine.errors import ClusterError, DeviceMemoryError, ReplicaLostError
 from engine.model.zoomldm import ZoomLDM
-from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
+from engine.predict import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
 
 GROW_CHECK_S = 5.0
 """Time between two looks at the cluster for new nodes."""
@@ -125,6 +125,10 @@ class DenoiserPool:
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         """As denoise, for latent windows."""
         return begun(self._answers(Run("decode", iter(batches))))
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        """As denoise, for picture windows."""
+        return begun(self._answers(Run("encode", iter(batches))))
 
     def _answers(self, run: Run) -> Iterator[Any]:
         """Yield None once, then a run's answers in order. Of several runs, each queues and advances those of all."""

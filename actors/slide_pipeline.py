@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import ray.data
@@ -21,8 +21,10 @@ from ray.data.exceptions import ExecutionTimeoutError
 from ray.exceptions import RayError, UserCodeException
 
 from actors.cluster import node_resources
+from actors.hardware import hardware_at
+from actors.replica import Seat
+from engine.devices import keep_freed_memory, pin_arithmetic
 from engine.errors import ClusterError
-from engine.run import pin_arithmetic
 from engine.slide_crew import Crew, SlidesConfig, Stages, Worker
 
 READ_CPUS = 0.25
@@ -41,7 +43,7 @@ class Shape:
     """How many encoders, and on what."""
 
     replicas: int
-    device: str
+    device: Literal["cpu", "cuda"]
     gpus: float
     cpus: float
 
@@ -64,7 +66,9 @@ def shape_of(config: SlidesConfig) -> Shape:
 def work_on_ray(stages: Stages) -> Crew:
     """Return the crew on the connected cluster; `stages` is a frozen dataclass. Raises ClusterError."""
     shape, here = shape_of(stages.config), _with_whole_paths(stages)
-    return Crew(lambda tasks: _work(here, shape, tasks), shape.device, lambda: shape.replicas)
+    seat = Seat(shape.device, shape.cpus, shape.gpus)
+    hardware = hardware_at(seat, stages.config.ray.start_timeout_s)
+    return Crew(lambda tasks: _work(here, shape, tasks), hardware, lambda: shape.replicas)
 
 
 def _with_whole_paths(stages: Any) -> Any:
@@ -157,6 +161,7 @@ class _Encoder:
 
     def __init__(self, stages: Stages, device: str) -> None:
         pin_arithmetic(stages.config.model.threads)
+        keep_freed_memory(device)
         self._encoder, self._pixels = stages.encoder(device), stages.pixels
 
     def __call__(self, rows: Rows) -> Iterator[Rows]:

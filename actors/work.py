@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from engine.magnification import LATENT_FACTOR
-from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
+from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR
+from engine.predict import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
 
-Batch = TileBatch | DecodeBatch
-Value = TilePrediction | DecodedBatch
+Batch = TileBatch | DecodeBatch | EncodeBatch
+Value = TilePrediction | DecodedBatch | EncodedBatch
 
 
 class PoolWatch(Protocol):
@@ -58,7 +58,7 @@ class Work:
 class Run:
     """One iteration over batches: what is still to come, to ask again, and to hand out."""
 
-    method: Literal["denoise", "decode"]
+    method: Literal["denoise", "decode", "encode"]
     source: Iterator[Batch | None]
     again: deque[Work] = field(default_factory=deque)
     done: dict[int, Value] = field(default_factory=dict)
@@ -148,6 +148,9 @@ def fault_of(batch: Batch, value: Value) -> str | None:
     elif isinstance(batch, DecodeBatch) and isinstance(value, DecodedBatch):
         b, c, h, w = batch.latents.shape
         wanted, came = [(b, c, h * LATENT_FACTOR, w * LATENT_FACTOR)], [value.images]
+    elif isinstance(batch, EncodeBatch) and isinstance(value, EncodedBatch):
+        b, _, h, w = batch.images.shape
+        wanted, came = [(b, LATENT_CHANNELS, h // LATENT_FACTOR, w // LATENT_FACTOR)], [value.latents]
     else:
         return f"answer of type {type(value).__name__}"
     shapes = [array.shape for array in came]
@@ -163,6 +166,8 @@ def own_copy(value: Value) -> Value:
     """Copy an answer's arrays: those that come from Ray are read-only and hold its store."""
     if isinstance(value, DecodedBatch):
         return replace(value, images=value.images.copy())
+    if isinstance(value, EncodedBatch):
+        return replace(value, latents=value.latents.copy())
     return replace(value, x0=value.x0.copy(), eps=None if value.eps is None else value.eps.copy())
 
 

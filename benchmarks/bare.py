@@ -16,6 +16,7 @@ from engine import outputs
 from engine.arguments import PROJECT_ROOT, parse
 from engine.canvas import Canvas
 from engine.config import RunConfig
+from engine.environment import settle_dtype, this_process
 from engine.guidance import make_canvas_guidance
 from engine.image import BAND_PX, Image
 from engine.magnification import MagnificationScale
@@ -29,10 +30,12 @@ from engine.tiles import Plan, make_plan
 
 
 def demo_config(size: int, settings: Mapping[str, object]) -> RunConfig:
-    """Return configs/demo.yaml with another size in px and further keys ("sampling.stride": 50)."""
+    """Return configs/demo.yaml with another size in px and further keys ("sampling.stride": 50), dtype settled."""
     changes = {"canvas.height": size, "canvas.width": size} | dict(settings)
     flags = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-    return parse(["--config", str(PROJECT_ROOT / "configs" / "demo.yaml"), *flags], RunConfig, "benchmarks", "")
+    config = parse(["--config", str(PROJECT_ROOT / "configs" / "demo.yaml"), *flags], RunConfig, "benchmarks", "")
+    dtype = settle_dtype(config.model.dtype, lambda: None, this_process(config.model.device))
+    return replace(config, model=replace(config.model, dtype=dtype))  # type: ignore[arg-type]  # one of the key's
 
 
 @dataclass(frozen=True)
@@ -75,11 +78,10 @@ class BareRun:
 
     def open(self, folder: Path, denoiser: DenoiseTiles) -> Sampling:
         """Make the canvas; leave with `with sampling.canvas`."""
-        sizes = {level.name: (level.height, level.width) for level in self.plan.levels}
         guided = any(p.guided for p in self.plan.passes)
         return Sampling(
             plan=self.plan,
-            canvas=Canvas.open(folder, self.config.picture_keys(), sizes),
+            canvas=Canvas.open(folder, self.config.picture_keys(), self.plan.arrays),
             grid=self.grid,
             denoiser=denoiser,
             guidance=self.config.guidance,

@@ -36,7 +36,8 @@ from engine.training import joint
 from engine.training.checkpointing import save_json
 from engine.training.data import HELDOUT_SEED
 from engine.training.heldout import sample_tiles
-from engine.training.joint_settings import InitialSettings, JointConfig, OutputSettings
+from engine.training.joint_settings import InitialSettings, JointConfig, OutputSettings, Precision
+from engine.training.learning import DTYPES
 from engine.training.settings import PlaceSettings
 from engine.training.stages import DEMO_SCALE
 
@@ -72,6 +73,7 @@ class Trial:
     start: str | None
     places: bool
     lr: float
+    precision: Precision
 
     @property
     def level(self) -> int:
@@ -127,7 +129,7 @@ def config_for(trial: Trial, training: Training, seed: int, threads: int) -> Joi
     output = OutputSettings(folder=str(run / f"model_{training.steps}"))
     places = PlaceSettings(token_steps=300, path_steps=250) if trial.places else PlaceSettings()
     config = replace(config, data=str(trial.folder / "train"), run=str(run), initial=initial, places=places)
-    return replace(config, seed=seed, train=train, output=output)
+    return replace(config, seed=seed, train=train, output=output, precision=trial.precision)
 
 
 def train_to(config: JointConfig) -> None:
@@ -144,7 +146,7 @@ def train_to(config: JointConfig) -> None:
 @torch.no_grad()
 def sample(trial: Trial, networks: DemoNetworks, folder: Path, heldout: PreparedSet, draw: int) -> Pictures:
     """Return one sample of a model for each held-out condition; another draw starts from other noise."""
-    model = ZoomLDM.from_pretrained(folder, dtype=torch.bfloat16).channels_last()
+    model = ZoomLDM.from_pretrained(folder, dtype=DTYPES[trial.precision]).channels_last()
     count, made = heldout.count(trial.level), []
     for first in range(0, count, _BATCH):
         numbers = range(first, min(first + _BATCH, count))
@@ -235,6 +237,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--start", help="model that both trainings start from; else random weights of a small network")
     parser.add_argument("--places", action="store_true", help="teach random weights first where cells lie")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate")
+    parser.add_argument("--precision", default="bfloat16", choices=DTYPES, help="of training and sampling")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args(argv)
     pin_arithmetic(options.threads)

@@ -236,7 +236,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = ExtractConfig(str(folder / "slides"), str(folder / "out"))
-        config = replace(config, model=replace(config.model, device="cpu", threads=args.threads))
+        config = replace(config, model=replace(config.model, device="cpu", dtype="float32", threads=args.threads))
         result: dict[str, object] = {"crew": args.crew, "threads": args.threads}
         (folder / "slides").mkdir()
         if args.memory:

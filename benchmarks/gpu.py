@@ -118,13 +118,13 @@ def settle(device: str) -> None:
 
 def figures(run: BareRun, cost: NetworkCost, limit: int, fit_s: float, timing: Timing) -> Figures:
     """Put one method's times in relation to its FLOP."""
-    steps = len(run.plan.passes[0].steps)
+    steps = len(run.plan.finest_pass.steps)
     measured = min(limit, steps)
-    flop = sampling_calls(run.first_steps(measured)).flop(cost)
+    flop, whole = (sampling_calls(r).flop(cost) for r in (run.first_steps(measured), run))
     decode_flop = Calls(decode=evaluated(run.plan.decode)).flop(cost)
-    sampling_s = timing.sampling_s * steps / measured
+    sampling_s = timing.sampling_s * whole / flop
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
-    tiling = run.plan.passes[0].tilings[-1]
+    tiling = run.plan.finest_pass.tilings[-1]
     return Figures(
         method=run.config.guidance.method,
         steps=steps,
@@ -135,7 +135,7 @@ def figures(run: BareRun, cost: NetworkCost, limit: int, fit_s: float, timing: T
         sampling_s=sampling_s,
         sampling_measured_s=timing.sampling_s,
         decoding_s=timing.decoding_s,
-        pflop=(sampling_calls(run).flop(cost) + decode_flop) / 1e15,
+        pflop=(whole + decode_flop) / 1e15,
         tflops=flop / timing.sampling_s / 1e12,
         tflops_network=flop / timing.sampling_waited_s / 1e12,
         tflops_decoding=decode_flop / timing.decoding_waited_s / 1e12,
@@ -172,8 +172,12 @@ def run_config(arguments: argparse.Namespace, method: str, device: str) -> RunCo
         model=ModelConfigSection(source="random", device=device, dtype=arguments.dtype, threads=arguments.threads),  # type: ignore[arg-type]
         canvas=CanvasConfig(arguments.size, arguments.size),
         sampling=SamplingConfig(
-            stride=1000 // arguments.steps, tile_stride=arguments.tile_stride, batch_size=arguments.batch_size
-        ),
+            # newton steers levels that are sampled side by side, as published
+            from_guide=0 if method == "newton" else None,
+            stride=1000 // arguments.steps,
+            tile_stride=arguments.tile_stride,
+            batch_size=arguments.batch_size,
+        ),  # fmt: skip
         guidance=GuidanceConfig(method=method, corrections=arguments.corrections),  # type: ignore[arg-type]
         decode=DecodeConfig(batch_size=min(arguments.batch_size, 8)),
     )

@@ -42,10 +42,18 @@ from benchmarks import memory
 from benchmarks.bare import BareRun, demo_config, maps_for, picture_digest
 from engine.arguments import PROJECT_ROOT
 from engine.config import RayConfig
+from engine.devices import keep_freed_memory, pin_arithmetic
 from engine.model.zoomldm import ZoomLDM
-from engine.predict import DecodeBatch, DecodedBatch, LocalDenoiser, TileBatch, TilePrediction
+from engine.predict import (
+    DecodeBatch,
+    DecodedBatch,
+    EncodeBatch,
+    EncodedBatch,
+    LocalDenoiser,
+    TileBatch,
+    TilePrediction,
+)
 from engine.progress import Clock
-from engine.run import pin_arithmetic
 from engine.training.settings import ModelSettings
 from engine.training.stages import model_config
 
@@ -66,7 +74,10 @@ class StoppedDenoiser:
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         return (self._timed(self._local.decode_batch, batch) for batch in batches)
 
-    def _timed(self, evaluate: Callable, batch: TileBatch | DecodeBatch):  # noqa: ANN202 (either kind of answer)
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        return (self._timed(self._local.encode_batch, batch) for batch in batches)
+
+    def _timed(self, evaluate: Callable, batch: TileBatch | DecodeBatch | EncodeBatch):  # noqa: ANN202 (either kind of answer)
         start = time.perf_counter()
         answer = evaluate(batch)
         self.seconds += time.perf_counter() - start
@@ -167,6 +178,7 @@ def measure_time(arguments: argparse.Namespace) -> dict[str, object]:
     settings = {"sampling.stride": 1000 // arguments.steps, "model.threads": arguments.threads}
     config = demo_config(arguments.size, settings | {"output.formats": "[]"})
     pin_arithmetic(arguments.threads)
+    keep_freed_memory("cpu")  # as replicas do
     model = load(arguments.model, config.model.dtype)
     maps = maps_for(config, model, LocalDenoiser(model))
     run = BareRun.of(config, model.config.scale, model.config.ssl_dim, maps)
@@ -176,7 +188,7 @@ def measure_time(arguments: argparse.Namespace) -> dict[str, object]:
         f"{found['median_ratio_to_own_replica']:.3f}; Ray starts in {found['ray_start_s']:.1f} s, the replica in "
         f"{found['replica_start_s']:.1f} s; pictures equal: {found['same_bytes']}"
     )
-    facts = {"size_px": arguments.size, "steps": len(run.plan.passes[0].steps), "threads": arguments.threads}
+    facts = {"size_px": arguments.size, "steps": len(run.plan.finest_pass.steps), "threads": arguments.threads}
     return facts | {"model": arguments.model, "dtype": config.model.dtype, "torch": torch.__version__} | found
 
 

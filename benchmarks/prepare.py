@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         config = PrepareConfig(str(folder / "slides"), str(folder / "out"))
-        config = replace(config, model=replace(config.model, device="cpu", threads=args.threads))
+        config = replace(config, model=replace(config.model, device="cpu", dtype="float32", threads=args.threads))
         (folder / "slides").mkdir()
         result: dict[str, object] = {"crew": args.crew, "threads": args.threads, "px": args.memory or args.size}
         if args.memory:

@@ -46,11 +46,11 @@ class HeldOut:
         return box_average(window, factor)
 
 
-def held_out(count: int, encoder) -> list[HeldOut]:
-    """Render regions far from where the trainer's held-out regions lie."""
+def held_out(count: int, encoder, cells: int = CELLS) -> list[HeldOut]:
+    """Render regions of `cells` cells on each axis, far from where the trainer's held-out regions lie."""
     found = []
     for i in range(count):
-        pixels = Phantom.varied(HELDOUT_SEED + 100 + i).render(0, 0, CELLS * 256, CELLS * 256, 0.5)
+        pixels = Phantom.varied(HELDOUT_SEED + 100 + i).render(0, 0, cells * 256, cells * 256, 0.5)
         found.append(HeldOut(pixels, embedding_grid(pixels, encoder)))
     return found
 

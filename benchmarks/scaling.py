@@ -39,7 +39,7 @@ from benchmarks.bare import BareRun, demo_config
 from benchmarks.memory import MAPS
 from engine.magnification import BRCA_SCALE, LATENT_CHANNELS
 from engine.pointwise import PointwiseDenoiser
-from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
+from engine.predict import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
 from engine.replay import SilentWatch
 from engine.sampler import sample_large
 from engine.tiles import Plan
@@ -104,6 +104,9 @@ class SimulatedReplicas:
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         return begun(self._answers(Run(iter(batches), lambda batch: next(self._inner.decode([batch])))))
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        return begun(self._answers(Run(iter(batches), lambda batch: next(self._inner.encode([batch])))))
 
     def start(self) -> None:
         """Begin to count."""
@@ -207,7 +210,8 @@ def measure(
     size: int, seconds: np.ndarray, call_s: float, steps: int, barriers: bool = False, clock: str = "wall"
 ) -> dict[str, object]:
     """Sample the first steps, three or more, of a canvas; return what was found."""
-    settings = {"sampling.batch_size": 16, "decode.batch_size": 8, "guidance.method": "linear"}
+    # Levels side by side: every step has the same work, so that a few of them stand for all.
+    settings = {"sampling.from_guide": 0, "sampling.batch_size": 16, "decode.batch_size": 8}
     run = BareRun.of(demo_config(size, settings), BRCA_SCALE, SSL_DIM, MAPS).first_steps(steps)
     replicas = SimulatedReplicas(seconds, call_s, barriers, CLOCKS[clock])
     with tempfile.TemporaryDirectory() as folder:

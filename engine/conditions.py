@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from safetensors.torch import load_file
 
 from engine.config import RunConfig
 from engine.decode import to_uint8
+from engine.devices import torch_dtype
 from engine.enlarged import enlarged_tile
 from engine.errors import CanvasError, EngineError
 from engine.guidance import GuidePicture
@@ -120,7 +120,7 @@ def _from_picture(
     picture = read_reference(reference)
 
     def embed() -> np.ndarray:
-        dtype = getattr(torch, config.model.dtype)
+        dtype = torch_dtype(config.model.dtype)
         encoder = load_encoder(model.config.encoder, config.model.encoder_source, model.extras, device, dtype)
         grid = embedding_grid(picture, encoder)
         return _covering(grid, plan, model.config.ssl_dim, reference, progress)
@@ -195,7 +195,7 @@ def _vectors_of_enlarged(config: RunConfig, picture: np.ndarray, model: ZoomLDM,
     """
     section, factor, n = config.model, windows.level.factor, windows.cells
     encoder = load_encoder(
-        model.config.encoder, section.encoder_source, model.extras, model.device, getattr(torch, section.dtype)
+        model.config.encoder, section.encoder_source, model.extras, model.device, torch_dtype(section.dtype)
     )
     guide = GuidePicture(_as_image(picture, windows.size_px), factor)
     rows, columns = (side * n for side in windows.shape)

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from engine.inversion_config import InversionConfig
 from engine.magnification import TILE_LATENT_PX, TILE_PX
+from engine.schedule import Solver
 
 TileWeights = Literal["uniform", "smooth"]
 GuidanceMethod = Literal["newton", "linear", "probe", "none"]
@@ -37,8 +38,9 @@ class ModelConfigSection:
     """Folder or published file of the CDM, for condition cdm; None takes the one in the model's folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where replicas compute; auto takes a GPU when there is one."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Arithmetic of the networks; the canvas is always float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Arithmetic of the networks; the canvas is always float32. auto takes bfloat16 where the hardware multiplies it,
+    else float32 (float16 on older GPUs), and keeps what a run began with."""
     channels_last: bool = True
     """Memory format of the convolutions; changes the last bits, so it is pinned with the run."""
     threads: int = 1
@@ -89,11 +91,20 @@ class SamplingConfig:
     seed: int = 0
     """Seed of all noise."""
     start: int = 1000
-    """First timestep, 1..1000; 1000 starts from pure noise."""
+    """First timestep, 1..1000; 1000 starts from pure noise, less from the guide if one is given."""
+    from_guide: int | None = None
+    """Timestep at which finer levels begin, from the finished picture of the next coarser one, enlarged, encoded and
+    noised to it; 0 samples all levels jointly from `start`, as published; None takes 600 where the guide is sampled."""
     stride: int = 50
     """Timesteps between two steps; 50 gives 20 steps."""
+    solver: Solver = "ddim"
+    """ddim is the published update; dpmpp_2m is of second order and keeps x0 of the last step on the canvas, too."""
     weight: float = 2.0
     """Classifier-free guidance w in (1+w)·eps_cond − w·eps_null; 0 skips the null call."""
+    weight_from: int = 1000
+    """First timestep of the null call; outside weight_from..weight_to w is 0."""
+    weight_to: int = 1
+    """Last timestep of the null call."""
     tile_stride: int = 48
     """Distance between tiles in latent px; 64 = no overlap."""
     tile_weights: TileWeights = "smooth"
@@ -105,8 +116,13 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(1 <= self.start <= 1000, "sampling.start must lie in 1..1000", self.start)
+        _require(self.from_guide is None or 0 <= self.from_guide <= 1000,
+                 "sampling.from_guide must lie in 0..1000", self.from_guide)  # fmt: skip
         _require(1 <= self.stride <= self.start, "sampling.stride must lie in 1..start", self.stride)
         _require(self.weight >= 0, "sampling.weight must be 0 or more", self.weight)
+        _require(1000 >= self.weight_from >= self.weight_to >= 1,
+                 "sampling must satisfy 1000 >= weight_from >= weight_to >= 1",
+                 (self.weight_from, self.weight_to))  # fmt: skip
         _require(1 <= self.tile_stride <= TILE_LATENT_PX,
                  f"sampling.tile_stride must lie in 1..{TILE_LATENT_PX} latent px", self.tile_stride)  # fmt: skip
         _require(self.batch_size >= 1, "sampling.batch_size must be at least 1", self.batch_size)
@@ -133,6 +149,9 @@ class GuidanceConfig:
     """linear, probe: share of the colour error corrected per step, 0..1."""
     damping: float = 0.1
     """linear: damping of the inverse, in units of the mean eigenvalue."""
+    cell: int = 1
+    """linear, probe: latent px of a steered cell on each axis at least, a power of two up to 64. At 1 every latent px
+    is pulled to the guide's blur (docs/guidance.md)."""
     iterations: int = 20
     """probe: Adam steps per timestep."""
 
@@ -144,6 +163,7 @@ class GuidanceConfig:
         _require(self.lr > 0, "guidance.lr must be positive", self.lr)
         _require(0 <= self.strength <= 1, "guidance.strength must lie in 0..1", self.strength)
         _require(self.damping > 0, "guidance.damping must be positive", self.damping)
+        _require(self.cell in (1, 2, 4, 8, 16, 32, 64), "guidance.cell must be a power of two up to 64", self.cell)
         _require(self.iterations >= 1, "guidance.iterations must be at least 1", self.iterations)
 
     def covers(self, t: int) -> bool:

@@ -13,34 +13,33 @@ from engine.blend import RowAverager, smooth_weight
 from engine.consistency import moved_onto, rows_above
 from engine.guidance import GuidePicture
 from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
-from engine.model.zoomldm import ZoomLDM
+from engine.predict import DenoiseTiles, EncodeBatch
 from engine.resize import resize_by
-from engine.tiles import Level, make_tiling
-
-STRIDE = 48
-"""Latent px between two tiles."""
+from engine.tiles import Tiling
 
 
 def enlarged_latents(
-    model: ZoomLDM, device: str, guide: GuidePicture, level: Level, batch_size: int
+    guide: GuidePicture, tiling: Tiling, size: tuple[int, int], denoiser: DenoiseTiles, key: str
 ) -> Iterator[np.ndarray]:
-    """Yield the latents of the enlarged guide over a level, top to bottom, float32 (3, n, w); asks `device`."""
-    tiling = make_tiling(level.height, level.width, STRIDE, batch_size)
-    averager = RowAverager(LATENT_CHANNELS, level.width, smooth_weight(TILE_LATENT_PX))
-    before = model.device
-    try:
-        model.to(device)
-        for tiles in tiling.batches():
-            images = np.stack([enlarged_tile(guide, *tiling.corner(tile)) for tile in tiles])
-            with torch.no_grad():
-                latents = model.encode(torch.from_numpy(images).to(device)).cpu().numpy()
-            for tile, value in zip(tiles, latents, strict=True):
-                averager.add(*tiling.corner(tile), value)
-                rows = averager.pop(tiling.finished_rows(tile, level.height))
-                if rows.shape[1]:
-                    yield rows
-    finally:
-        model.to(before)
+    """Yield the latents of the enlarged guide over a level, top to bottom, float32 (3, n, w).
+
+    `size` is the level's (height, width) in latent px, `tiling` cuts it into what is encoded together.
+    """
+
+    def batches() -> Iterator[EncodeBatch]:
+        for number, tiles in enumerate(tiling.batches()):
+            images = [enlarged_tile(guide, *tiling.corner(tile)) for tile in tiles]
+            padding = images[-1:] * (tiling.batch_size - len(images))
+            yield EncodeBatch(f"{key}/{number}", tiles, np.stack(images + padding))
+
+    height, width = size
+    averager = RowAverager(LATENT_CHANNELS, width, smooth_weight(TILE_LATENT_PX))
+    for tiles, answer in zip(tiling.batches(), denoiser.encode(batches()), strict=True):
+        for tile, value in zip(tiles, answer.latents, strict=False):
+            averager.add(*tiling.corner(tile), value)
+            rows = averager.pop(tiling.finished_rows(tile, height))
+            if rows.shape[1]:
+                yield rows
 
 
 def enlarged_tile(guide: GuidePicture, y: int, x: int) -> np.ndarray:

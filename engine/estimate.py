@@ -145,19 +145,29 @@ def evaluated(tiling: Tiling) -> int:
 
 
 def level_calls(plan: Plan, pass_: Pass, number: int, config: RunConfig) -> Calls:
-    """Count one pass over a level: denoising, newton's corrections, and its decoding for the level it steers."""
-    level, tiling, steps = plan.levels[number], pass_.tilings[number], len(pass_.steps)
+    """Count one pass over a level: what it begins from, denoising, newton's corrections, and its picture for the
+    levels it steers: at every step of a joint pass, once where it is finished."""
+    tiling, steps = pass_.tilings[number], len(pass_.steps)
     if tiling is None:
-        return Calls()
-    tiles, per_prediction = evaluated(tiling), 2 if pass_.weight else 1
-    total = Calls(unet=tiles * steps * per_prediction, summarize=tiles * steps)
+        steers = pass_.guided or pass_.begins == "guide"
+        once = steers and number + 1 == pass_.coarsest and not (plan.given and number == 0)
+        return Calls(decode=evaluated(plan.decodes[number])) if once else Calls()
+    tiles = evaluated(tiling)
+    total = Calls(unet=tiles * sum(_predictions(pass_, s.t) for s in pass_.steps), summarize=tiles * steps)
     if number and pass_.guided and config.guidance.method == "newton":
-        guided = sum(config.guidance.covers(s.t) for s in pass_.steps)
-        n = tiles * guided * config.guidance.corrections
-        total += Calls(unet=2 * per_prediction * n, encode=2 * n, decode=n)
-    if level is not plan.finest and pass_.guided:
+        guided = [_predictions(pass_, s.t) for s in pass_.steps if config.guidance.covers(s.t)]
+        n = tiles * config.guidance.corrections
+        total += Calls(unet=2 * n * sum(guided), encode=2 * n * len(guided), decode=n * len(guided))
+    if pass_.begins == "guide":
+        total += Calls(encode=tiles)
+    if pass_.guided and any(pass_.tilings[number + 1 :]):
         total += Calls(decode=evaluated(plan.decodes[number]) * steps)
     return total
+
+
+def _predictions(pass_: Pass, t: int) -> int:
+    """Return how many calls of the U-Net a prediction takes: with w the null context goes along."""
+    return 2 if pass_.weight_at(t) else 1
 
 
 def pass_calls(plan: Plan, pass_: Pass, config: RunConfig) -> Calls:
@@ -214,8 +224,8 @@ def assumed_speed(config: RunConfig, model: ModelConfig, replicas: int, device: 
     return one * replicas, f"from one convolution timed here, {one * 1000:.0f} GFLOP/s, and {replicas} CPU replica(s)"
 
 
-def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -> str:
-    """Return what `--plan` prints. `device` is "cpu" or "cuda", already chosen."""
+def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str, why: str = "as configured") -> str:
+    """Return what `--plan` prints. `device` is "cpu" or "cuda", chosen as the dtype is, for the reason `why`."""
     cost = network_cost(model, config.model.dtype, config.sampling.batch_size, config.sampling.weight > 0)
     lines = ["levels          px (h x w)      latent px   µm/px          FLOP   tiles (batches) per step"]
     for i, level in enumerate(plan.levels):
@@ -236,13 +246,14 @@ def plan_table(plan: Plan, config: RunConfig, model: ModelConfig, device: str) -
     lines += [_pass_line("decode", "", final, cost), _pass_line("all", "", total, cost)]
     cells = " x ".join(map(str, plan.grid_shape))
     speed, source = assumed_speed(config, model, config.ray.replicas or 1, device)
-    canvas = f"{_size(canvas_nbytes({n.name: (n.height, n.width) for n in plan.levels}))} canvas"
+    canvas = f"{_size(canvas_nbytes(plan.arrays))} canvas"
     elsewhere = "" if config.canvas.store is None else f" in {config.canvas.store} (half as much again after a resume)"
     grown = min(MAX_CELLS, plan.levels[0].factor)
     lines += [
         f"conditions      {cells} cells of {model.ssl_dim} ({model.encoder}); up to {grown} x {grown} a tile",
         *([_inversion_line(plan, config, cost)] if config.condition != "reference" else []),
         f"guidance        {config.guidance.method}",
+        f"dtype           {config.model.dtype} ({why})",
         f"replica         {_size(cost.weights_nbytes)} weights + about {_size(cost.activations_nbytes)} activations "
         f"({config.model.dtype}, batch {config.sampling.batch_size}), without the libraries' own",
         f"disk            {canvas}{elsewhere} + at most {_size(export_nbytes(plan, config))} exports",

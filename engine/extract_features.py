@@ -13,9 +13,11 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from engine.arguments import parse_with_flags
+from engine.devices import Hardware
 from engine.errors import EngineError
 from engine.extraction import extract
 from engine.extraction_config import ExtractConfig
@@ -43,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if "dry-run" in flags:
             return dry_run(config)
-        records = extract(config, extract_on_ray if config.ray.enabled else extract_alone, progress,
-                          "retry-failed" in flags)  # fmt: skip
+        engage, ask = (extract_on_ray, partial(ask_ray, config)) if config.ray.enabled else (extract_alone, None)
+        records = extract(config, engage, progress, "retry-failed" in flags, ask)
     except EngineError as error:
         progress.say(f"engine.extract_features: {error}")
         return 1
@@ -80,6 +82,14 @@ def extract_on_ray(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Cr
 
     with connect(config.ray):
         yield work_on_ray(ExtractStages(config, names))
+
+
+def ask_ray(config: ExtractConfig) -> Hardware:
+    """Find out what the replicas of a Ray cluster, or of a private Ray, compute on."""
+    announce_address(config.ray.address)
+    from actors.hardware import hardware_of_replicas
+
+    return hardware_of_replicas(config.ray, config.model.device)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from engine.devices import torch_dtype
 from engine.errors import EngineError
 from engine.extraction_config import ExtractConfig
 from engine.features import DiffusionEncoder, SSLTileEncoder, TileEncoder
@@ -43,7 +42,7 @@ def scale_names(config: ExtractConfig) -> tuple[str, str]:
 def load_encoders(config: ExtractConfig, device: str) -> list[TileEncoder]:
     """Load all encoders in their order. Raises: CheckpointError; ValueError for unknown names, blocks or timesteps."""
     section, own = config.model, config.features.condition == "own"
-    dtype = getattr(torch, section.dtype)
+    dtype = torch_dtype(section.dtype)
     model: ZoomLDM | None = None
     if ZOOMLDM in config.encoders or DEMO in config.encoders:
         model = ZoomLDM.from_pretrained(section.source, section.variant, dtype=dtype)

@@ -35,10 +35,16 @@ class GuidePicture:
         """Latent px of the finer level per guided cell; below ratio 4 several guide px share one latent px."""
         return max(self.ratio // LATENT_FACTOR, 1)
 
-    def cells(self, y0: int, y1: int, x1: int) -> Tensor:
-        """Return the wished colours of cell rows y0..y1 and columns 0..x1: float32 (1, 3, y1−y0, x1)."""
-        share = max(LATENT_FACTOR // self.ratio, 1)
+    def cells(self, y0: int, y1: int, x1: int, size: int = 1) -> Tensor:
+        """Return the wished colours of rows y0..y1 and columns 0..x1 of `size` × `size` cells: float32 (1, 3, h, w).
+
+        Past the image's border its last px is repeated.
+        """
+        share = max(LATENT_FACTOR // self.ratio, 1) * size
         window = torch.from_numpy(self.image[None, :, y0 * share : y1 * share, : x1 * share])
+        missing = ((y1 - y0) * share - window.shape[2], x1 * share - window.shape[3])
+        if any(missing):
+            window = F.pad(window, (0, missing[1], 0, missing[0]), mode="replicate")
         return box_reduce(window, share)
 
     def square(self, y: int, x: int, size: int) -> np.ndarray:
@@ -59,6 +65,11 @@ class CanvasGuidance(Protocol):
     """Correct averaged x0 rows (1, 3, h, w) towards wished cell colours (1, 3, h/q, w/q)."""
 
     @property
+    def cell(self) -> int:
+        """Latent px of a cell on each axis at least: finer patterns of the guide are not wished for."""
+        ...
+
+    @property
     def halo_cells(self) -> int:
         """Cells above and below that a row's correction reads."""
         ...
@@ -73,6 +84,7 @@ class LinearGuidance:
     colour: LinearColour
     strength: float
     damping: float
+    cell: int = 1
     halo_cells: int = 1
 
     def correct(self, x0: Tensor, wished: Tensor, q: int) -> Tensor:
@@ -89,6 +101,7 @@ class ProbeGuidance:
     strength: float
     iterations: int
     lr: float = 0.05
+    cell: int = 1
     halo_cells: int = 2
 
     def correct(self, x0: Tensor, wished: Tensor, q: int) -> Tensor:
@@ -121,10 +134,10 @@ def make_canvas_guidance(config: GuidanceConfig, extras: dict[str, dict[str, Ten
     """
     if config.method == "linear":
         colour = LinearColour.from_tensors(extras["guidance/linear"])
-        return LinearGuidance(colour, config.strength, config.damping)
+        return LinearGuidance(colour, config.strength, config.damping, config.cell)
     if config.method == "probe":
         probe = ThumbnailProbe.from_tensors(extras["guidance/probe"])
-        return ProbeGuidance(probe, config.strength, config.iterations)
+        return ProbeGuidance(probe, config.strength, config.iterations, cell=config.cell)
     return None
 
 
@@ -136,18 +149,23 @@ def steer_rows(
     `rows` is float32 (3, n, w); `span` is (top, y0, y1); top and y0 are multiples of the cell. Returns (3, y1−y0, w).
     """
     top, y0, y1 = span
-    q, (above, left) = guide.cell, guide.offset
+    q, (above, left) = cell_of(guidance, guide), guide.offset
     height, width = rows.shape[1] + above, rows.shape[2] + left
     cells_h, cells_w = -(-height // q), -(-width // q)
     border = (left, cells_w * q - width, above, cells_h * q - height)
     x0 = torch.from_numpy(rows)[None]
     if any(border):
         x0 = F.pad(x0, border, mode="replicate")
-    wished = guide.cells(top // q, top // q + cells_h, cells_w)
+    wished = guide.cells(top // q, top // q + cells_h, cells_w, q // guide.cell)
     corrected = guidance.correct(x0, wished, q)
     return corrected[0, :, y0 - top + above : y1 - top + above, left:width].numpy()
 
 
 def halo_rows(guidance: CanvasGuidance, guide: GuidePicture) -> int:
     """Return the latent rows around a band that its correction reads; one cell more where bands cut cells."""
-    return (guidance.halo_cells + any(guide.offset)) * guide.cell
+    return (guidance.halo_cells + any(guide.offset)) * cell_of(guidance, guide)
+
+
+def cell_of(guidance: CanvasGuidance, guide: GuidePicture) -> int:
+    """Return the latent px of a cell on each axis; both sizes are powers of two."""
+    return max(guidance.cell, guide.cell)

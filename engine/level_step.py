@@ -21,8 +21,8 @@ from engine.guidance import CanvasGuidance, GuidePicture, halo_rows, steer_rows
 from engine.magnification import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX, TILE_PX
 from engine.predict import DenoiseTiles, NewtonTarget, TileBatch, TilePrediction
 from engine.schedule import Step
-from engine.strips import BandReader, ReadRows, gather_tiles, in_bands
-from engine.tiles import Level, Pass, Plan, Tiling
+from engine.strips import BandReader, gather_tiles, in_bands
+from engine.tiles import Level, Pass, Plan, Tiling, x0_name
 from engine.window import Surroundings
 from engine.workers import Workers
 
@@ -57,8 +57,6 @@ class Sampling:
     watch: Watch
     guide: GuidePicture | None = None
     """A picture that is there already, and steers the coarsest level that is sampled."""
-    begin: Callable[[Level], ReadRows] | None = None
-    """Clean latents of a level that its first timestep is noised from; None begins with noise alone."""
     around: Surroundings | None = None
     """What a window of a finished picture lies in; the plan and the canvas are then the window's."""
     workers: Workers = field(default_factory=Workers)
@@ -106,6 +104,8 @@ class LevelStep:
     """The step before of the same level; None: x_t is what is committed."""
     after: np.ndarray | None = None
     """float32 (3, h, w): x_{t−} of a level that is not the finest, from run() to write()."""
+    x0: np.ndarray | None = None
+    """float32 (3, h, w): the x0 that led there, from run() until the next step is committed; only if that asks."""
     shown: Iterator[np.ndarray] | None = None
     """The picture's rows for the level that it steers, which are being decoded, from run() to picture()."""
     guide: GuidePicture | None = None
@@ -116,6 +116,11 @@ class LevelStep:
     @property
     def step(self) -> Step:
         return self.pass_.steps[self.number]
+
+    @property
+    def keeps_x0(self) -> bool:
+        """Whether the solver asks for the x0 of a step in the next one."""
+        return any(step.trend for step in self.pass_.steps)
 
     @property
     def key(self) -> str:
@@ -141,6 +146,7 @@ class LevelStep:
         if kept:
             x0, self.after = (np.concatenate(parts, axis=1) for parts in zip(*kept, strict=True))
             self.shown = _decoding(s, level, x0, self.key) if self.steers else None
+            self.x0 = x0 if self.keeps_x0 else None
         self.guide = None
 
     def _update(
@@ -158,19 +164,27 @@ class LevelStep:
             # eps stays what was predicted: taken from the moved x0 it would undo most of the move in the update
             steered = steer_rows(steer, np.ascontiguousarray(predicted), (top, y0, y1), guide)
             x0 = steered if s.around is None else s.around.settle(y0, steered, x0)
-        noise = s.noise(f"{self.pass_.name}/{self.level.name}", self.number, (y0, y1), self.level.width)
-        return x0, self.step.update(x0, eps, noise)
+        noise = None
+        if self.step.beta:
+            noise = s.noise(f"{self.pass_.name}/{self.level.name}", self.number, (y0, y1), self.level.width)
+        return x0, self.step.update(x0, eps, noise, self._x0_before(y0, y1) if self.step.trend else None)
 
     def _write_band(self, top: int, y0: int, y1: int, rows: np.ndarray, guide: GuidePicture | None) -> None:
         """Update a band of the finest level in a thread: bands do not know each other."""
-        self.s.canvas.write(self.level.name, y0, self._update(top, y0, y1, rows, guide)[1])
+        x0, after = self._update(top, y0, y1, rows, guide)
+        if self.keeps_x0:
+            self.s.canvas.write(x0_name(self.level.name), y0, x0)
+        self.s.canvas.write(self.level.name, y0, after)
 
     def write(self) -> None:
-        """Write x_{t−} to the canvas, if it is not there yet."""
-        if self.after is not None:
-            for y0 in range(0, self.level.height, BAND):
-                self.s.canvas.write(self.level.name, y0, self.after[:, y0 : y0 + BAND])
-            self.after = None
+        """Write x_{t−} to the canvas, if it is not there yet, and x0 where the next step asks for it."""
+        if self.after is None:
+            return
+        for y0 in range(0, self.level.height, BAND):
+            if self.x0 is not None:
+                self.s.canvas.write(x0_name(self.level.name), y0, self.x0[:, y0 : y0 + BAND])
+            self.s.canvas.write(self.level.name, y0, self.after[:, y0 : y0 + BAND])
+        self.after = self.x0 = None
 
     def picture(self, finer: Level) -> GuidePicture:
         """Return this level's picture for the level it steers, when it is decoded, and forget it."""
@@ -226,7 +240,7 @@ class LevelStep:
                 alpha_bar=self.step.alpha_bar,
                 cells=self.s.vectors.under([(y + top, x + left) for y, x in corners], self.level.factor),
                 magnification=self.level.index,
-                weight=self.pass_.weight,
+                weight=self.pass_.weight_at(self.step.t),
                 newton=self._target(corners),
             )
 
@@ -248,6 +262,12 @@ class LevelStep:
         if self.before is not None and self.before.after is not None:
             return self.before.after[:, y0:y1]
         return self.s.canvas.read(self.level.name, y0, y1, self.before is not None and self._ahead)
+
+    def _x0_before(self, y0: int, y1: int) -> np.ndarray:
+        """Return rows of x0 of the step before, which is done: of a coarse level perhaps not committed."""
+        if self.before is not None and self.before.x0 is not None:
+            return self.before.x0[:, y0:y1]
+        return self.s.canvas.read(x0_name(self.level.name), y0, y1)
 
     def _target(self, corners: list[tuple[int, int]]) -> NewtonTarget | None:
         if self.guide is None or not self._newton:

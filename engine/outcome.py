@@ -8,8 +8,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 
+import torch
+
 from engine.config import RunConfig
-from engine.devices import choose_device
+from engine.devices import UNSEEN_GPU, Hardware, choose_device, hardware_of
+from engine.environment import AUTO, explain_dtype, settle_run, this_process
 from engine.errors import EngineError
 from engine.estimate import plan_table
 from engine.interruption import sigterm_as_exit
@@ -17,15 +20,19 @@ from engine.model.zoomldm import ZoomLDM
 from engine.progress import Progress
 from engine.redo import RedoJob, redo
 from engine.run import Crew, Job, run, work_alone
+from engine.storage import open_storage
 
 EngageOnRay = Callable[[ExitStack, ZoomLDM, RunConfig], AbstractContextManager[Crew]]
 """Puts a model to work on Ray's replicas; Ray is left with the stack."""
+AskRay = Callable[[RunConfig], Hardware]
+"""Finds out what Ray's replicas would compute on."""
 
 
 def finish(
     prog: str,
     prepared: Callable[[], Job | RedoJob],
     on_ray: EngageOnRay,
+    ask_ray: AskRay,
     progress: Progress,
     plan_only: bool = False,
 ) -> int:
@@ -41,11 +48,12 @@ def finish(
                 return 2
             config = job.config
             if plan_only and isinstance(job, Job):
-                device = "cuda" if config.model.device == "cuda" else choose_device(config.model.device)
-                sys.stdout.write(plan_table(job.plan, config, job.model, device) + "\n")
+                sys.stdout.write(plan_of(job) + "\n")
                 return 0
-            engage = partial(on_ray, connection) if config.ray.enabled else work_alone
-            folder = run(job, engage, progress) if isinstance(job, Job) else redo(job, engage, progress)
+            engage, ask = work_alone, this_process(config.model.device)
+            if config.ray.enabled:
+                engage, ask = partial(on_ray, connection), partial(ask_ray, config)
+            folder = run(job, engage, progress, ask) if isinstance(job, Job) else redo(job, engage, progress)
     except EngineError as error:
         progress.close()
         progress.say(f"{prog}: {error}")
@@ -57,3 +65,18 @@ def finish(
         return 130 if isinstance(stop, KeyboardInterrupt) else 143
     sys.stdout.write(f"The pictures are in {folder}: preview.png shows canvas and guide side by side.\n")
     return 0
+
+
+def plan_of(job: Job) -> str:
+    """Return what --plan prints, for this machine; a GPU that is asked for and not here is taken to be a new one.
+
+    Raises: EngineError.
+    """
+    asked, store = job.config.model, job.config.canvas.store
+    unseen = asked.device == "cuda" and not torch.cuda.is_available()
+    hardware = UNSEEN_GPU if unseen else hardware_of(choose_device(asked.device))
+    config = settle_run(job.config, None if store is None else open_storage(store), lambda: hardware)
+    reason = explain_dtype(asked.dtype, config.model.dtype, hardware)
+    if asked.dtype == AUTO and job.config.ray.enabled and job.config.ray.address not in (None, "local"):
+        reason += "; the cluster's own nodes may differ"
+    return plan_table(job.plan, config, job.model, hardware.device, reason)

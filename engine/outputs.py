@@ -137,9 +137,9 @@ class Part:
 
 
 def tile_edges(plan: Plan) -> tuple[list[int], list[int]]:
-    """Return the rows and columns, in px, where a tile of the first pass or a decoded window begins or ends."""
-    joint = plan.passes[0].tilings[-1]
-    assert joint is not None  # the first pass covers every level
+    """Return the rows and columns, in px, where a tile of the finest level or a decoded window begins or ends."""
+    joint = plan.finest_pass.tilings[-1]
+    assert joint is not None  # it is the pass that samples it
 
     def edges(starts: set[int], size_px: int) -> list[int]:
         return [min(e * LATENT_FACTOR, size_px) for p in starts for e in (p, p + TILE_LATENT_PX)]

@@ -9,11 +9,19 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from engine.magnification import LATENT_FACTOR
-from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction, one_by_one
+from engine.predict import (
+    DecodeBatch,
+    DecodedBatch,
+    EncodeBatch,
+    EncodedBatch,
+    TileBatch,
+    TilePrediction,
+    one_by_one,
+)
 
 
 class PointwiseDenoiser:
-    """x0 = gain·x_t + mean of the tile's cells; a picture is its latents, each px repeated 4×4."""
+    """x0 = gain·x_t + mean of the tile's cells; decoding repeats each latent px 4×4, encoding takes the means back."""
 
     def __init__(self, gain: float = 0.5) -> None:
         self.gain = np.float32(gain)
@@ -26,3 +34,10 @@ class PointwiseDenoiser:
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         for batch in batches:
             yield DecodedBatch(batch.key, batch.latents.repeat(LATENT_FACTOR, 2).repeat(LATENT_FACTOR, 3))
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        f = LATENT_FACTOR
+        for batch in batches:
+            n, c, h, w = batch.images.shape
+            cells = batch.images.reshape(n, c, h // f, f, w // f, f)
+            yield EncodedBatch(batch.key, cells.mean(axis=(3, 5), dtype=np.float32))

@@ -21,8 +21,8 @@ from engine.model.zoomldm import ZoomLDM
 from engine.resize import resize_by
 
 log = logging.getLogger(__name__)
-B = TypeVar("B", "TileBatch", "DecodeBatch")
-A = TypeVar("A", "TilePrediction", "DecodedBatch")
+B = TypeVar("B", "TileBatch", "DecodeBatch", "EncodeBatch")
+A = TypeVar("A", "TilePrediction", "DecodedBatch", "EncodedBatch")
 CONTEXTS_KEPT = 256
 """Contexts a denoiser remembers; at the published sizes (4, 65, 512) float32 one takes 0.5 MB."""
 
@@ -88,6 +88,23 @@ class DecodedBatch:
     """float32 (B, 3, 256, 256), about [-1, 1], not clamped."""
 
 
+@dataclass(frozen=True)
+class EncodeBatch:
+    """Picture windows to encode; padded like TileBatch."""
+
+    key: str
+    tiles: tuple[int, ...]
+    images: np.ndarray
+    """float32 (B, 3, 256, 256) in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class EncodedBatch:
+    key: str
+    latents: np.ndarray
+    """float32 (B, 3, 64, 64), not quantised."""
+
+
 class DenoiseTiles(Protocol):
     """Evaluate batches somewhere; answers come in the order asked, lazily, with bounded read-ahead.
 
@@ -99,6 +116,8 @@ class DenoiseTiles(Protocol):
     def denoise(self, batches: Iterable[TileBatch | None]) -> Iterator[TilePrediction]: ...
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]: ...
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]: ...
 
 
 def _peak(x: Tensor) -> Tensor:
@@ -195,6 +214,10 @@ class LocalDenoiser:
         for batch in batches:
             yield self.decode_batch(batch)
 
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        for batch in batches:
+            yield self.encode_batch(batch)
+
     def denoise_batch(self, batch: TileBatch) -> TilePrediction:
         """Evaluate one batch. Raises DeviceMemoryError."""
         return self._evaluate(self._denoise, batch)
@@ -202,6 +225,10 @@ class LocalDenoiser:
     def decode_batch(self, batch: DecodeBatch) -> DecodedBatch:
         """Decode one batch of latent windows. Raises DeviceMemoryError."""
         return self._evaluate(self._decode, batch)
+
+    def encode_batch(self, batch: EncodeBatch) -> EncodedBatch:
+        """Encode one batch of picture windows. Raises DeviceMemoryError."""
+        return self._evaluate(self._encode, batch)
 
     def _evaluate(self, function: Callable[[B], A], batch: B) -> A:
         """Evaluate a batch; where memory runs out, once more after all that can be made again was let go.
@@ -237,6 +264,11 @@ class LocalDenoiser:
     def _decode(self, batch: DecodeBatch) -> DecodedBatch:
         images = self.model.decode(torch.as_tensor(batch.latents).to(self.model.device))
         return DecodedBatch(batch.key, images.float().cpu().numpy())
+
+    @torch.inference_mode()
+    def _encode(self, batch: EncodeBatch) -> EncodedBatch:
+        latents = self.model.encode(torch.as_tensor(batch.images).to(self.model.device))
+        return EncodedBatch(batch.key, latents.float().cpu().numpy())
 
     def _context(self, batch: TileBatch) -> Tensor:
         """Return the context (B, T, C) of a batch's cells, remembered or new."""

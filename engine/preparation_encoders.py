@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from engine.devices import torch_dtype
 from engine.errors import EngineError
 from engine.model.encoders import load_encoder
 from engine.model.ssl_encoder import SSLEncoder
@@ -14,7 +15,7 @@ from engine.prepared_facts import SetFacts
 def load_networks(config: PrepareConfig, device: str) -> tuple[ZoomLDM, SSLEncoder]:
     """Load the model, of which only the autoencoder is kept, and its SSL encoder. Raises EngineError."""
     section = config.model
-    model, ssl = _load(config, device, getattr(torch, section.dtype))
+    model, ssl = _load(config, device, torch_dtype(section.dtype))
     if section.channels_last:
         model.channels_last()
     for other in (model.unet, model.conditioner):

@@ -13,9 +13,11 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from engine.arguments import parse_with_flags
+from engine.devices import Hardware
 from engine.errors import EngineError
 from engine.preparation import prepare
 from engine.preparation_blocks import PrepareStages
@@ -52,7 +54,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _prepare(config: PrepareConfig, progress: Progress, only_failed: bool) -> int:
-    records = prepare(config, prepare_on_ray if config.ray.enabled else work_alone, progress, only_failed)
+    engage, ask = (prepare_on_ray, partial(ask_ray, config)) if config.ray.enabled else (work_alone, None)
+    records = prepare(config, engage, progress, only_failed, ask)
     failed = [record for record in records if record.status == FAILED]
     counts = totals(records, config.scale.names)
     sys.stdout.write(
@@ -91,6 +94,14 @@ def prepare_on_ray(stages: PrepareStages) -> Iterator[Crew]:
 
     with connect(stages.config.ray):
         yield work_on_ray(stages)
+
+
+def ask_ray(config: PrepareConfig) -> Hardware:
+    """Find out what the replicas of a Ray cluster, or of a private Ray, compute on."""
+    announce_address(config.ray.address)
+    from actors.hardware import hardware_of_replicas
+
+    return hardware_of_replicas(config.ray, config.model.device)
 
 
 if __name__ == "__main__":

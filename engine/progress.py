@@ -12,7 +12,15 @@ from typing import Protocol, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles, TileBatch, TilePrediction
+from engine.predict import (
+    DecodeBatch,
+    DecodedBatch,
+    DenoiseTiles,
+    EncodeBatch,
+    EncodedBatch,
+    TileBatch,
+    TilePrediction,
+)
 from engine.sampler import Watch
 
 B = TypeVar("B")
@@ -139,6 +147,9 @@ class TimedDenoiser:
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         return self._timed(self._inner.decode(self._watched(batches)))
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        return self._timed(self._inner.encode(self._watched(batches)))
 
     def _watched(self, batches: Iterable[B]) -> Iterator[B]:
         source = iter(batches)

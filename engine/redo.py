@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from engine.conditioning import extend_grid
 from engine.conditions import Conditions
 from engine.config import RunConfig
 from engine.decode import clamped, decode_part, to_uint8
+from engine.environment import settle_dtype, this_process
 from engine.errors import EngineError
 from engine.guidance import GuidePicture
 from engine.image import CHUNK_PX, TOP_PX, Image
@@ -38,6 +39,9 @@ from engine.strips import BandReader, ForwardReader
 from engine.tiles import Box, Plan
 from engine.window import RIM_PX, Surroundings, Window, laid_over, mix, window_plan, window_under
 
+FROM_T = 600
+"""Timestep to noise a region back to: most colours and places stay, all detail is new."""
+
 
 @dataclass(frozen=True)
 class RedoConfig:
@@ -49,8 +53,9 @@ class RedoConfig:
     """Region: x,y,width,height in px of the base magnification."""
     seed: int
     """Seed of the new noise. The run's own is allowed: the noise depends on the run, too."""
-    from_t: int = 600
-    """Timestep to noise the region back to: near 1000 little stays but the guide, near 1 little changes."""
+    from_t: int | None = None
+    """Timestep to noise the region back to: near 1000 little stays but the guide, near 1 little changes. None takes
+    600, or the one at which the run began with its finest level if that is lower."""
 
     def __post_init__(self) -> None:
         _ = self.region
@@ -65,7 +70,8 @@ class RedoConfig:
     def name(self) -> str:
         """A folder name that says what is in it."""
         x, y, width, height = self.region.xywh
-        return f"{Path(self.run).resolve().name}_redo_x{x}_y{y}_{width}x{height}_t{self.from_t}_seed{self.seed}"
+        t = "" if self.from_t is None else f"_t{self.from_t}"
+        return f"{Path(self.run).resolve().name}_redo_x{x}_y{y}_{width}x{height}{t}_seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,10 @@ def run_config(asked: RedoConfig, past: PastRun, flags: list[str], prog: str) ->
     if not stored.is_file():
         raise EngineError(f"{stored} must say how the run is made; it is not there. Run its command again.")
     folder = past.folder.resolve().parent / asked.name
-    return parse(["--config", str(stored.resolve()), f"--output.folder={folder}", *flags], RunConfig, prog, "")
+    config = parse(["--config", str(stored.resolve()), f"--output.folder={folder}", *flags], RunConfig, prog, "")
+    used = str(past.root.keys["model.dtype"])  # what auto came to there: the region must be of the same kind
+    kept = settle_dtype(config.model.dtype, lambda: used, this_process(config.model.device))
+    return replace(config, model=replace(config.model, dtype=kept))  # type: ignore[arg-type]  # one of the key's
 
 
 def prepare_redo(asked: RedoConfig, past: PastRun, config: RunConfig) -> RedoJob:
@@ -138,7 +147,9 @@ def prepare_redo(asked: RedoConfig, past: PastRun, config: RunConfig) -> RedoJob
         )
     check_region(asked.region, job.plan.size_px)
     _, window = window_under(job.plan, asked.region)
-    return RedoJob(job, past, asked, window, window_plan(job.plan, asked.region, asked.from_t))
+    from_t = min(FROM_T, job.plan.finest_pass.steps[0].t) if asked.from_t is None else asked.from_t
+    plan = window_plan(job.plan, asked.region, from_t)
+    return RedoJob(job, past, replace(asked, from_t=from_t), window, plan)
 
 
 def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
@@ -151,8 +162,7 @@ def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
     with clock.phase("model"):
         model = load_model(job.config)
     _check_run(r, model)
-    finest = r.plan.finest
-    with Canvas.open(r.folder, r.keys(), {finest.name: (finest.height, finest.width)}) as canvas:
+    with Canvas.open(r.folder, r.keys(), r.plan.arrays) as canvas:
         missing = outputs.missing(r.folder, job.config, job.plan)
         if canvas.progress.finished and not missing:
             progress.say(f"{r.folder} holds this redo, finished; nothing is missing.")
@@ -178,7 +188,7 @@ def redo(r: RedoJob, engage: Engage, progress: Progress) -> Path:
 def _check_run(r: RedoJob, model: ZoomLDM) -> None:
     """Hold config and weights to the run's: what is sampled beside its latents must be of the same kind."""
     root = r.past.root
-    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in r.job.plan.sampled}
+    levels = {f"plan.levels.{name}": size for name, size in r.job.plan.arrays.items()}
     keys = picture_keys(r.job.config, model, Conditions(r.past.grid, str(root.keys.get("conditions"))))
     check_keys(root.folder, root.keys, plain(keys | levels))
 
@@ -212,7 +222,6 @@ def _sampling(r: RedoJob, model: ZoomLDM, canvas: Canvas, denoiser: DenoiseTiles
         noise=redo_noise(r.asked.seed, r.past.digest),
         watch=progress,
         guide=guide_under(r, denoiser) if guided else None,
-        begin=lambda _: around.old,
         around=around,
     )
 
@@ -226,10 +235,11 @@ def guide_under(r: RedoJob, denoiser: DenoiseTiles) -> GuidePicture:
     """Decode the finished guide over the window, and a px beyond, which newton mixes in."""
     plan, box = r.job.plan, r.window.box
     level, ratio = plan.levels[-2], plan.levels[-2].factor // plan.finest.factor
-    cell, share = max(ratio // LATENT_FACTOR, 1), max(LATENT_FACTOR // ratio, 1)
-    ends = (-(-end // cell) * share + 1 for end in (box.y1, box.x1))
+    cell = max(ratio // LATENT_FACTOR, r.config.guidance.cell)
+    starts = (start // cell * cell * LATENT_FACTOR // ratio for start in (box.y0, box.x0))
+    ends = (-(-end // cell) * cell * LATENT_FACTOR // ratio + 1 for end in (box.y1, box.x1))
     whole = Box(0, 0, level.height * LATENT_FACTOR, level.width * LATENT_FACTOR)
-    part = Box(box.y0 // cell * share, box.x0 // cell * share, *ends).within(whole)
+    part = Box(*starts, *ends).within(whole)
     rows = decode_part(
         lambda under: r.past.latents(plan, level.name, under),
         plan.decodes[-2], part, denoiser, r.job.config.decode.sigma, "redo/guide",

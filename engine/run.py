@@ -7,23 +7,20 @@ imports no Ray; generate_large.py and the benchmarks share it.
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
 
 from engine import __version__, outputs
 from engine.canvas import Canvas
 from engine.conditions import STORED, Conditions, find_conditions, keep_conditions
 from engine.config import ModelConfigSection, RunConfig
-from engine.devices import choose_device, encoder_device, pin_arithmetic
-from engine.enlarged import enlarged_latents
-from engine.errors import CanvasError, CanvasMismatchError
+from engine.devices import Ask, Hardware, choose_device, encoder_device, keep_freed_memory, pin_arithmetic, torch_dtype
+from engine.environment import ENVIRONMENT, check_environment, facts_of, remark_on_dtype, settle_run, this_process
 from engine.exports.png import check_png
-from engine.guidance import CanvasGuidance, GuidePicture, make_canvas_guidance
+from engine.guidance import CanvasGuidance, make_canvas_guidance
 from engine.model import checkpoint, hub
 from engine.model.config import ModelConfig
 from engine.model.zoomldm import ZoomLDM, digest
@@ -31,18 +28,15 @@ from engine.pilot import stored_or_fitted
 from engine.predict import DenoiseTiles, LocalDenoiser
 from engine.progress import Clock, Onlooker, Progress, TimedDenoiser
 from engine.sampler import Sampling, keyed_noise, sample_large
-from engine.schedule import TRAIN_STEPS
 from engine.state import write_atomically
 from engine.storage import open_storage
-from engine.strips import ForwardReader, ReadRows
-from engine.tiles import Level, Plan, make_plan
+from engine.tiles import Plan, make_plan
 
 _WHERE = (
     *("model.source", "model.variant", "model.device", "model.cdm_source"),
     *("canvas.store", "reference", "embeddings"),
 )
 """Keys that say where something lies; what lies there counts instead (weights, conditions, device)."""
-ENVIRONMENT = "environment.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +46,8 @@ class Job:
     config: RunConfig
     model: ModelConfig
     plan: Plan
+    asked_dtype: str = ""
+    """model.dtype before auto was settled; empty: as it is."""
 
     @property
     def folder(self) -> Path:
@@ -60,10 +56,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Crew:
-    """Who computes: the denoiser, its kind of device, how many replicas live, facts for the report, and an onlooker."""
+    """Who computes: the denoiser, on what, how many replicas live, facts for the report, and an onlooker."""
 
     denoiser: DenoiseTiles
-    device: str
+    hardware: Hardware
+    """Of the first replica."""
     alive: Callable[[], int]
     facts: Callable[[], dict[str, object]]
     onlooker: Onlooker | None = None
@@ -91,9 +88,10 @@ def prepare(config: RunConfig, model: ModelConfig | None = None) -> Job:
     return Job(config, model, plan)
 
 
-def run(job: Job, engage: Engage, progress: Progress) -> Path:
+def run(job: Job, engage: Engage, progress: Progress, ask: Ask | None = None) -> Path:
     """Make, continue or complete the run in its folder; return the folder.
 
+    `ask` tells what the crew will compute on; None: this process does.
     Raises: EngineError with what the user can do. What is committed survives any error and Ctrl-C.
     """
     clock = Clock()
@@ -104,12 +102,14 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
     if storage is not None:
         storage.check()  # before minutes are spent on a model
     with clock.phase("model"):
+        section = job.config.model
+        settled = settle_run(job.config, storage, ask or this_process(section.device))
+        job = replace(job, config=settled, asked_dtype=section.dtype)
         model = load_model(job.config)
     with clock.phase("conditions"):
         conditions = find_conditions(job.config, model, job.plan, encoder_device(job.config), progress)
-    levels = {level.name: (level.height, level.width) for level in job.plan.sampled}
     keys, record = picture_keys(job.config, model, conditions), job.config.output.record_writers
-    with Canvas.open(job.folder, keys, levels, storage, record) as canvas:
+    with Canvas.open(job.folder, keys, job.plan.arrays, storage, record) as canvas:
         missing = outputs.missing(job.folder, job.config, job.plan)
         if canvas.progress.finished and not missing:
             progress.say(f"{job.folder} holds this run, finished; nothing is missing.")
@@ -139,7 +139,7 @@ def run(job: Job, engage: Engage, progress: Progress) -> Path:
 def load_model(config: RunConfig) -> ZoomLDM:
     """Load the weights on the CPU, in the run's dtype and memory format."""
     section = config.model
-    model = ZoomLDM.from_pretrained(section.source, section.variant, dtype=getattr(torch, section.dtype))
+    model = ZoomLDM.from_pretrained(section.source, section.variant, dtype=torch_dtype(section.dtype))
     return model.channels_last() if section.channels_last else model
 
 
@@ -178,8 +178,12 @@ def compute(
         with clock.phase("start"):
             crew = stack.enter_context(engage())
         stack.callback(progress.close)
+        arithmetic = (job.asked_dtype, job.config.model.dtype, crew.hardware)
+        said = facts_of(*arithmetic)
         with canvas.shared(ENVIRONMENT):
-            check_environment(job.folder, crew.device)
+            check_environment(job.folder, said)
+        if line := remark_on_dtype(*arithmetic):
+            progress.say(line)
         progress.replicas, progress.onlooker = crew.alive, crew.onlooker
         timed = TimedDenoiser(crew.denoiser)
         with clock.phase("guidance"):
@@ -193,7 +197,7 @@ def compute(
             decode(s)
         return {
             **crew.facts(),
-            "device": crew.device,
+            **said,
             "resumed": resumed,
             "tiles": progress.tile_count,
             "tiles_per_s": progress.tile_count / max(clock.seconds["sampling"], 1e-9),
@@ -228,22 +232,7 @@ def _sampling(
         noise=keyed_noise(config.sampling.seed),
         watch=progress,
         guide=conditions.guide,
-        begin=_begin(job, model, conditions.guide),
     )
-
-
-def _begin(job: Job, model: ZoomLDM, guide: GuidePicture | None) -> Callable[[Level], ReadRows] | None:
-    """Return what a run with a given guide begins from, unless it begins with noise: the guide, enlarged."""
-    sampling = job.config.sampling
-    if guide is None or sampling.start == TRAIN_STEPS:
-        return None
-    device, factor = encoder_device(job.config), job.plan.levels[0].factor
-
-    def begin(level: Level) -> ReadRows:
-        picture = GuidePicture(guide.image, factor // level.factor)
-        return ForwardReader(enlarged_latents(model, device, picture, level, sampling.batch_size))
-
-    return begin
 
 
 def canvas_guidance(
@@ -262,34 +251,11 @@ def canvas_guidance(
     return make_canvas_guidance(config.guidance, maps)
 
 
-def check_environment(folder: Path, device: str) -> None:
-    """Hold a run to the kind of device and the libraries it began with: they decide the last bits.
-
-    Raises: CanvasMismatchError naming what differs.
-    """
-    path = folder / ENVIRONMENT
-    now = {"device": device, **{name: version(name) for name in ("torch", "diffusers", "numpy")}}
-    if not path.exists():
-        write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())
-        return
-    try:
-        then = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CanvasError(
-            f"{path} must say where this run began; {error}. Restore it, or remove it to continue on trust."
-        ) from error
-    differing = [f"{k} was {then.get(k)}, now {now[k]}" for k in now if then.get(k) != now[k]]
-    if differing:
-        raise CanvasMismatchError(
-            f"{folder} was begun elsewhere: {'; '.join(differing)}; the last bits would differ. Continue it there, or "
-            "use another output.folder."
-        )
-
-
 @contextmanager
 def work_alone(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
     """Compute in this process, without Ray (ray.enabled=false)."""
     device = choose_device(config.model.device)
     pin_arithmetic(config.model.threads)
+    keep_freed_memory(device)
     denoiser = LocalDenoiser(model.to(device))
-    yield Crew(denoiser, device, lambda: 1, lambda: {"replicas": 1, "restarts": 0})
+    yield Crew(denoiser, this_process(device)(), lambda: 1, lambda: {"replicas": 1, "restarts": 0})

@@ -9,7 +9,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage.
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ from engine.arguments import parse
 from engine.conditions import DEMO_GRID
 from engine.config import RunConfig
 from engine.decode import to_uint8
+from engine.devices import choose_device, encoder_device, keep_freed_memory, pin_arithmetic
+from engine.environment import settle_dtype, this_process
 from engine.errors import EngineError
 from engine.magnification import TILE_PX
 from engine.model.cdm_store import load_cdm
@@ -29,7 +31,7 @@ from engine.model.encoders import load_encoder
 from engine.model.zoomldm import ZoomLDM
 from engine.patches import SCHEDULERS, PatchSampler
 from engine.reference import embedding_grid, read_embeddings, read_reference
-from engine.run import choose_device, encoder_device, load_model, pin_arithmetic
+from engine.run import load_model
 from engine.summaries import sample_summaries
 
 _GAP_PX = 8
@@ -115,7 +117,11 @@ def read_source(config: SampleConfig, model: ZoomLDM) -> Source:
 def sample(config: SampleConfig) -> Path:
     """Draw the patches; return the contact sheet."""
     pin_arithmetic(config.model.threads)
-    model = load_model(config).to(choose_device(config.model.device))
+    device = choose_device(config.model.device)
+    keep_freed_memory(device)
+    dtype = settle_dtype(config.model.dtype, lambda: None, this_process(device))
+    config = replace(config, model=replace(config.model, dtype=dtype))  # type: ignore[arg-type]  # one of the key's
+    model = load_model(config).to(device)
     name = config.magnification or model.config.scale.base
     index = model.config.scale.index(name)
     sampler = PatchSampler(config.scheduler, config.steps, config.scale, config.sampling.seed)

@@ -9,14 +9,18 @@ Notation: x_t noisy latents, x0 predicted clean latents, eps predicted noise; ca
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
 
 from engine.canvas import BAND
 from engine.conditioning import extend_grid
+from engine.enlarged import enlarged_latents
+from engine.guidance import GuidePicture
 from engine.level_step import LevelStep, Noise, Sampling, Watch, picture_of
 from engine.noise import noise_rows
+from engine.strips import ForwardReader, ReadRows
 from engine.tiles import Level, Pass, Tiling
 
 __all__ = ["Noise", "Sampling", "Watch", "keyed_noise", "picture_of", "predict_window", "sample_large"]
@@ -34,50 +38,70 @@ def sample_large(s: Sampling) -> None:
     """
     cells_h, cells_w = s.plan.covered_cells
     s = replace(s, grid=extend_grid(s.grid, cells_h, cells_w))
-    if s.canvas.fresh:
-        _start(s)
     with s.workers:
         for index, pass_ in enumerate(s.plan.passes):
             if index < s.canvas.progress.pass_index:
                 continue
-            if index > s.canvas.progress.pass_index:
-                _renoise(s, index, pass_)
-            _run(s, index, pass_)
+            new = s.canvas.fresh or index > s.canvas.progress.pass_index
+            guide = guide_of(s, pass_) if pass_.guided or (new and pass_.begins == "guide") else None
+            if new:
+                _begin(s, index, guide)
+            _run(s, index, guide)
 
 
-def _start(s: Sampling) -> None:
-    """Begin with noise; where there are latents to begin from, with those, noised to the first timestep."""
-    for level in s.plan.sampled:
-        old = s.begin(level) if s.begin is not None else None
-        for y0 in range(0, level.height, BAND):
-            rows = (y0, min(y0 + BAND, level.height))
-            noise = s.noise(f"start/{level.name}", 0, rows, level.width)
-            x_t = noise if old is None else s.plan.passes[0].steps[0].renoise(old(*rows), noise)
-            s.canvas.write(level.name, y0, x_t)
-    s.canvas.commit(0, 0)
+def guide_of(s: Sampling, pass_: Pass) -> GuidePicture | None:
+    """Return the finished picture that steers the coarsest level of a pass; None when that has no coarser level."""
+    number = pass_.coarsest
+    if s.guide is not None and number <= int(s.plan.given):
+        return s.guide
+    if not number:
+        return None
+    level, ratio = s.plan.levels[number - 1], s.plan.levels[number - 1].factor // s.plan.levels[number].factor
+    latents = s.canvas.read(level.name, 0, level.height)
+    return GuidePicture(picture_of(s, level, latents, f"{pass_.name}/guide"), ratio)
 
 
-def _renoise(s: Sampling, index: int, pass_: Pass) -> None:
-    """Noise the previous pass's result to this pass's first timestep."""
+def _begin(s: Sampling, index: int, guide: GuidePicture | None) -> None:
+    """Write the first x_t of a pass's levels: noise, or clean latents noised to its first timestep."""
+    pass_ = s.plan.passes[index]
+    stream = "renoise" if pass_.begins == "latents" and index else "start"
     for level, tiling in zip(s.plan.levels, pass_.tilings, strict=True):
         if tiling is None:
             continue
+        clean = _clean(s, index, level, tiling, guide)
         for y0 in range(0, level.height, BAND):
             y1 = min(y0 + BAND, level.height)
-            noise = s.noise(f"renoise/{level.name}", 0, (y0, y1), level.width)
-            s.canvas.write(level.name, y0, pass_.steps[0].renoise(s.canvas.read(level.name, y0, y1), noise))
+            x_t = s.noise(f"{stream}/{level.name}", 0, (y0, y1), level.width)
+            if clean is not None:
+                x_t = pass_.steps[0].renoise(clean(y0, y1), x_t)
+            s.canvas.write(level.name, y0, x_t)
     s.canvas.commit(index, 0)
 
 
-def _run(s: Sampling, index: int, pass_: Pass) -> None:
+def _clean(s: Sampling, index: int, level: Level, tiling: Tiling, guide: GuidePicture | None) -> ReadRows | None:
+    """Return the clean latents that a level begins from; None when it begins with noise alone."""
+    pass_ = s.plan.passes[index]
+    if pass_.begins == "noise":
+        return None
+    if pass_.begins == "latents":
+        return s.around.old if s.canvas.fresh and s.around is not None else partial(s.canvas.read, level.name)
+    assert guide is not None  # the plan says so only where there is a coarser level
+    coarsest = s.plan.levels[pass_.coarsest]
+    picture = replace(guide, ratio=guide.ratio * coarsest.factor // level.factor)
+    size, key = (level.height, level.width), f"{pass_.name}/{level.name}/encode"
+    return ForwardReader(enlarged_latents(picture, tiling, size, s.denoiser, key))
+
+
+def _run(s: Sampling, index: int, guide: GuidePicture | None) -> None:
     """Do the steps of a pass that are left, each level from x_t to x_{t−}.
 
     The denoiser sees one stream of batches: while it is busy with the last tiles of a step, it may be given the first
     ones of the next, as soon as the rows under them are written. Answers come in order, so that nothing is written for
     a step before the one before it is committed.
     """
-    first, total = s.canvas.progress.steps, len(pass_.steps)
-    steps = [_level_steps(s, pass_, number) for number in range(first, total)]
+    pass_, first = s.plan.passes[index], s.canvas.progress.steps
+    total = len(pass_.steps)
+    steps = [_level_steps(s, pass_, number, guide) for number in range(first, total)]
     for earlier, later in pairwise(steps):
         for before, level in zip(earlier, later, strict=True):
             level.before = before
@@ -85,7 +109,7 @@ def _run(s: Sampling, index: int, pass_: Pass) -> None:
     s.watch.step(pass_.name, first, total)
     for level in _staggered(steps):
         level.run(answers)
-        if level.level is s.plan.finest:
+        if level is steps[level.number - first][-1]:
             _commit(s, index, steps[level.number - first])
             s.watch.step(pass_.name, level.number + 1, total)
 
@@ -111,17 +135,17 @@ def _commit(s: Sampling, index: int, levels: list["LevelStep"]) -> None:
     s.canvas.commit(index, levels[-1].number + 1)
 
 
-def _level_steps(s: Sampling, pass_: Pass, number: int) -> list["LevelStep"]:
-    """Return a step's work, coarse to fine; each level hangs on the one that steers it."""
+def _level_steps(s: Sampling, pass_: Pass, number: int, guide: GuidePicture | None) -> list["LevelStep"]:
+    """Return a step's work, coarse to fine; each level hangs on the one that steers it, the first on `guide`."""
     found: list[LevelStep] = []
     origin = (0, 0) if s.around is None else (s.around.window.box.y0, s.around.window.box.x0)
     guided = pass_.guided and s.guidance.covers(pass_.steps[number].t)
     for level, tiling in zip(s.plan.levels, pass_.tilings, strict=True):
         if tiling is not None:
-            above, guide = (found[-1], None) if found else (None, s.guide)
-            steers = guided and level is not s.plan.finest
-            step = LevelStep(s, pass_, number, level, tiling, above if guided else None, steers)
-            found.append(replace(step, guide=guide if guided else None, origin=origin))
+            above = found[-1] if found and guided else None
+            steers = guided and any(pass_.tilings[s.plan.levels.index(level) + 1 :])
+            step = LevelStep(s, pass_, number, level, tiling, above, steers)
+            found.append(replace(step, guide=guide if guided and not found else None, origin=origin))
     return found
 
 

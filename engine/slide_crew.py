@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from engine.config import ModelConfigSection, RayConfig
-from engine.run import choose_device, pin_arithmetic
+from engine.devices import Hardware, choose_device, hardware_of, keep_freed_memory, pin_arithmetic
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ class Crew:
     """Who plans, reads and encodes. `work` yields of each task its plan and all its blocks, or a failure."""
 
     work: Callable[[Sequence[Any]], Iterator[Any]]
-    device: str
+    hardware: Hardware
+    """Of an encoder."""
     replicas: Callable[[], int]
 
 
@@ -113,8 +114,9 @@ def work_alone(stages: Stages) -> Iterator[Crew]:
     section = stages.config.model
     device = choose_device(section.device)
     pin_arithmetic(section.threads)
+    keep_freed_memory(device)
     worker, encoder = stages.worker(), stages.encoder(device)
-    yield Crew(lambda tasks: _work(stages, worker, encoder, tasks), device, lambda: 1)
+    yield Crew(lambda tasks: _work(stages, worker, encoder, tasks), hardware_of(device), lambda: 1)
 
 
 def _work(stages: Stages, worker: Worker, encoder: Encoder, tasks: Sequence[Any]) -> Iterator[Any]:

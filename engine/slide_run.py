@@ -17,6 +17,8 @@ from typing import Any, Generic, TypeVar
 import yaml
 
 from engine import __version__
+from engine.devices import Ask
+from engine.environment import facts_of, remark_on_dtype, settle_dtype
 from engine.errors import BagError, CanvasError, EngineError, PreparedError, SlideError
 from engine.progress import Progress
 from engine.slide_crew import BlockResult, Crew, SlideFailure, SlidesConfig
@@ -63,6 +65,30 @@ def slides_of(config: SlidesConfig) -> list[Path]:
     return found
 
 
+C = TypeVar("C", bound=SlidesConfig)
+
+
+def settle_config(config: C, ask: Ask) -> C:
+    """Settle model.dtype=auto: it decides results, so settings and config.yaml hold what it came to.
+
+    Raises: CanvasError if the settings are damaged; EngineError when nobody can be asked.
+    """
+    path = Path(config.out) / SETTINGS
+
+    def begun() -> str | None:
+        return str(_read_settings(path)["model.dtype"]) if path.exists() else None
+
+    model = replace(config.model, dtype=settle_dtype(config.model.dtype, begun, ask))  # type: ignore[arg-type]
+    return replace(config, model=model)  # type: ignore[type-var]  # a frozen dataclass
+
+
+def _read_settings(path: Path) -> dict[str, object]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CanvasError(f"{path} must say how the files here are made; {error}. Restore it.") from error
+
+
 def hold_settings(config: Any, settings: Mapping[str, object]) -> None:
     """Hold the folder to the settings it began with; write the whole config beside them.
 
@@ -71,11 +97,7 @@ def hold_settings(config: Any, settings: Mapping[str, object]) -> None:
     folder, now = Path(config.out), plain(dict(settings))
     path = folder / SETTINGS
     if path.exists():
-        try:
-            then = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise CanvasError(f"{path} must say how the files here are made; {error}. Restore it.") from error
-        check_keys(folder, then, now)
+        check_keys(folder, _read_settings(path), now)
     else:
         write_atomically(path, (json.dumps(now, indent=1) + "\n").encode())
     content = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False)
@@ -87,9 +109,12 @@ class SlideRun(Generic[R]):
 
     def __init__(
         self, config: SlidesConfig, paths: Sequence[Path], records: Mapping[str, R], outputs: Outputs[Any, Any, Any, R],
-        progress: Progress, only_failed: bool = False,
+        progress: Progress, only_failed: bool = False, asked_dtype: str = "",
     ) -> None:  # fmt: skip
-        """`records` are those of earlier runs by path. `only_failed` tries those alone that they list as failed."""
+        """`records` are those of earlier runs by path. `only_failed` tries those alone that they list as failed.
+        `asked_dtype` is model.dtype before auto was settled; empty: as it is.
+        """
+        self._arithmetic = asked_dtype, config.model.dtype
         self.folder, self.paths, self.progress, self.outputs = Path(config.out), paths, progress, outputs
         self.records = {k: r for k, r in records.items() if Path(k) in set(paths)}
         self.wanted = [p for p in paths if not only_failed or self._status(p) == FAILED]
@@ -110,7 +135,9 @@ class SlideRun(Generic[R]):
                 self.progress.say(f"{len(tasks)} of {len(self.paths)} slides have something to do.")
                 with engage() as crew:
                     self.progress.replicas = crew.replicas
-                    self.facts |= {"device": crew.device}
+                    self.facts |= facts_of(*self._arithmetic, crew.hardware)
+                    if line := remark_on_dtype(*self._arithmetic, crew.hardware):
+                        self.progress.say(line)
                     working = time.perf_counter()
                     self._consume(crew.work(tasks), len(tasks))
                     self.facts |= {"replicas": crew.replicas(), "working_s": round(time.perf_counter() - working, 3)}

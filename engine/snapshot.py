@@ -17,6 +17,7 @@ from engine.conditioning import extend_grid
 from engine.conditions import STORED, Conditions, stored_grid
 from engine.config import RunConfig
 from engine.decode import decode_rows, to_uint8
+from engine.devices import choose_device, keep_freed_memory, pin_arithmetic
 from engine.errors import CanvasError
 from engine.image import CHUNK_PX, TOP_PX, Image
 from engine.magnification import LATENT_FACTOR
@@ -24,7 +25,7 @@ from engine.model.zoomldm import ZoomLDM
 from engine.outputs import IMAGE
 from engine.predict import DenoiseTiles, LocalDenoiser
 from engine.progress import Progress
-from engine.run import Job, choose_device, load_model, picture_keys, pin_arithmetic, prepare, provenance
+from engine.run import Job, load_model, picture_keys, prepare, provenance
 from engine.sampler import Sampling, keyed_noise, predict_window
 from engine.state import RunState, check_keys, load_state, plain
 from engine.strips import ForwardReader, ReadRows, cut
@@ -82,7 +83,9 @@ def predict_picture(folder: Path, config: RunConfig, region: Box | None, scratch
     wanted = region or Box(0, 0, height, width)
     check_region(wanted, (height, width))
     model, grid, keys = _same_model(folder, job)
-    denoiser = LocalDenoiser(model.to(choose_device(config.model.device)))
+    device = choose_device(config.model.device)
+    keep_freed_memory(device)
+    denoiser = LocalDenoiser(model.to(device))
     state, canvas = copy_latents(folder, job.plan, wanted, scratch)
     with canvas:
         reach = Reach.of(job.plan, state, wanted)
@@ -98,7 +101,7 @@ def _same_model(folder: Path, job: Job) -> tuple[ZoomLDM, np.ndarray, dict[str, 
     pin_arithmetic(job.config.model.threads)
     model, grid = load_model(job.config), stored_grid(folder / STORED)
     keys = picture_keys(job.config, model, Conditions(grid, str(old.get("conditions"))))
-    levels = {f"plan.levels.{n.name}": (n.height, n.width) for n in job.plan.sampled}
+    levels = {f"plan.levels.{name}": size for name, size in job.plan.arrays.items()}
     check_keys(folder, old, plain(keys | levels))
     return model, grid, old
 
@@ -135,15 +138,19 @@ class Reach:
 
     @classmethod
     def of(cls, plan: Plan, state: RunState, region: Box) -> "Reach":
-        """`region` is in px of the picture."""
+        """`region` is in px of the picture. Raises CanvasError while only coarser levels are sampled."""
         progress = state.progress
         pass_, number = plan.passes[progress.pass_index], progress.steps
         windows, decoded = touching(plan.decode, region.latent())
         last = progress.pass_index == len(plan.passes) - 1
+        tiling = pass_.tilings[-1]
+        if tiling is None:
+            raise CanvasError(
+                f"a run must have begun with {plan.finest.name} before it can be shown; it is at step {number} of "
+                f"{len(pass_.steps)} of its guide, {pass_.name}. Wait for that, or look at a finished run."
+            )
         if number == len(pass_.steps):
             return cls(pass_, number, last, None, decoded, windows, decoded)
-        tiling = pass_.tilings[-1]
-        assert tiling is not None  # every pass has the finest level
         return cls(pass_, number, last, *touching(tiling, decoded), windows, decoded)
 
     def said(self) -> dict[str, object]:

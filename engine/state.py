@@ -18,6 +18,14 @@ from engine.errors import CanvasError, CanvasMismatchError
 
 STATE_VERSION = 1
 """Raise it when what lies in a run folder changes its meaning."""
+SINCE: dict[str, object] = {
+    "sampling.from_guide": 0,
+    "sampling.solver": "ddim",
+    "sampling.weight_from": 1000,
+    "sampling.weight_to": 1,
+    "guidance.cell": 1,
+}
+"""Keys that runs of earlier releases lack, and what those did."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -128,6 +136,8 @@ def _garbled(name: str, why: str) -> CanvasError:
 
 def check_keys(where: Path | str, old: dict[str, object], new: dict[str, object]) -> None:
     """Refuse to continue a run with other keys. Raises CanvasMismatchError naming each, old and new."""
+
+    old = {key: value for key, value in SINCE.items() if key in new} | old
 
     def show(keys: dict[str, object], key: str) -> str:
         return repr(keys[key])[:80] if key in keys else "absent"

@@ -18,6 +18,7 @@ from math import log2
 
 from engine.arguments import parse_with_flags
 from engine.config import RunConfig, SamplingConfig
+from engine.devices import Hardware
 from engine.errors import EngineError
 from engine.magnification import TILE_PX, MagnificationScale
 from engine.model.zoomldm import ZoomLDM
@@ -29,7 +30,7 @@ from engine.run import Crew, Job, describe, prepare
 from engine.tiles import MAX_STEP
 
 PROG = "python -m engine.superres"
-FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk and an estimated time, and stop"}
+FLAGS = {"plan": "print tiles, batches, network calls, FLOP, memory, disk, dtype and an estimated time, and stop"}
 _FROM_PICTURE = ("canvas.height", "canvas.width", "canvas.levels", "condition", "guide")
 """Keys that follow from the picture."""
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str]) -> int:
     if argv and not argv[0].startswith("-"):
         argv = [f"--image={argv[0]}", *argv[1:]]
     asked, flags = parse_with_flags(argv, SuperresConfig, PROG, (__doc__ or "").splitlines()[0], FLAGS)
-    return finish(PROG, lambda: plan_run(asked), on_ray, Progress(), plan_only="plan" in flags)
+    return finish(PROG, lambda: plan_run(asked), on_ray, ask_ray, Progress(), plan_only="plan" in flags)
 
 
 def on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> AbstractContextManager[Crew]:
@@ -123,6 +124,14 @@ def on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> Abstract
     from actors.crew import work_on_ray  # Ray is imported only by runs that use it
 
     return work_on_ray(connection, model, config)
+
+
+def ask_ray(config: RunConfig) -> Hardware:
+    """Find out what the replicas of a Ray cluster, or of a private Ray, compute on."""
+    announce_address(config.ray.address)
+    from actors.hardware import hardware_of_replicas
+
+    return hardware_of_replicas(config.ray, config.model.device)
 
 
 if __name__ == "__main__":

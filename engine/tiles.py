@@ -6,11 +6,15 @@ Invariant: the tiles of a tiling cover every latent px, in row-major order; batc
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 from engine.config import CanvasConfig, RunConfig, TileWeights
 from engine.magnification import LATENT_FACTOR, TILE_LATENT_PX, TILE_PX, MagnificationScale
-from engine.schedule import Step, steps
+from engine.schedule import TRAIN_STEPS, Step, steps
 
+FROM_GUIDE = 600
+"""Timestep at which a level begins from its guide unless another is asked for: later, the guide's blur stays; earlier,
+what it shows is lost (docs/guidance.md)."""
 MAX_STEP = 16
 """Largest factor between a level and the one that steers it; a tile then lies under 16×16 px of its guide."""
 
@@ -111,6 +115,11 @@ def touching(tiling: Tiling, box: Box) -> tuple[Tiling, Box]:
     return Tiling(tuple(y - ys[0] for y in ys), tuple(x - xs[0] for x in xs), tiling.batch_size), filled
 
 
+Beginning = Literal["noise", "latents", "guide"]
+"""What the first x_t of a pass is made of: noise alone; the latents of the pass before, noised; or the picture of the
+next coarser level, enlarged, encoded and noised."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """A run over timesteps with one tiling per level; None leaves a level alone."""
@@ -123,8 +132,19 @@ class Pass:
     """Classifier-free guidance w."""
     guided: bool
     """Whether coarser levels steer finer ones."""
-    renoised: bool
-    """Starts from the previous pass, noised to its first timestep, instead of from noise."""
+    begins: Beginning
+    weighted: tuple[int, int] = (TRAIN_STEPS, 1)
+    """First and last timestep with that w; at others it is 0."""
+
+    def weight_at(self, t: int) -> float:
+        """Return w at a timestep."""
+        first, last = self.weighted
+        return self.weight if first >= t >= last else 0.0
+
+    @property
+    def coarsest(self) -> int:
+        """The number of the coarsest level it samples."""
+        return next(number for number, tiling in enumerate(self.tilings) if tiling is not None)
 
 
 @dataclass(frozen=True)
@@ -150,9 +170,25 @@ class Plan:
         return self.levels[self.given :]
 
     @property
+    def arrays(self) -> dict[str, tuple[int, int]]:
+        """The arrays of the canvas, name → (h, w) in latent px: x_t of each sampled level and, where the solver is of
+        second order x0 of its last step."""
+        sizes = {level.name: (level.height, level.width) for level in self.sampled}
+        for pass_ in self.passes:
+            if any(step.trend for step in pass_.steps):
+                done = [level for level, tiling in zip(self.levels, pass_.tilings, strict=True) if tiling is not None]
+                sizes |= {x0_name(level.name): (level.height, level.width) for level in done}
+        return sizes
+
+    @property
     def decode(self) -> Tiling:
         """The windows of the picture itself."""
         return self.decodes[-1]
+
+    @property
+    def finest_pass(self) -> Pass:
+        """The pass that samples the finest level first; its tiles are the picture's."""
+        return next(p for p in self.passes if p.tilings[-1] is not None)
 
     @property
     def grid_shape(self) -> tuple[int, int]:
@@ -164,6 +200,11 @@ class Plan:
         """Base cells under the largest level, which may see past the canvas: (h, w)."""
         spans = [(n.height * n.factor, n.width * n.factor) for n in self.levels]
         return tuple(-(-max(s[i] for s in spans) // TILE_LATENT_PX) for i in (0, 1))  # type: ignore[return-value]
+
+
+def x0_name(level: str) -> str:
+    """Return the name of the array that holds x0 of a level's last step."""
+    return f"{level}.x0"
 
 
 def axis_positions(size: int, stride: int, tile: int = TILE_LATENT_PX) -> tuple[int, ...]:
@@ -178,8 +219,9 @@ def axis_positions(size: int, stride: int, tile: int = TILE_LATENT_PX) -> tuple[
 
 
 def make_tiling(height: int, width: int, stride: int, batch_size: int) -> Tiling:
-    """Return the tiling of a level; sizes in latent px."""
-    return Tiling(axis_positions(height, stride), axis_positions(width, stride), batch_size)
+    """Return the tiling of a level; sizes in latent px. A batch holds `batch_size` tiles, or all if there are fewer."""
+    ys, xs = axis_positions(height, stride), axis_positions(width, stride)
+    return Tiling(ys, xs, min(batch_size, len(ys) * len(xs)))
 
 
 def pick_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[str, ...]:
@@ -222,38 +264,74 @@ def make_levels(canvas: CanvasConfig, scale: MagnificationScale) -> tuple[Level,
 
 
 def make_plan(config: RunConfig, scale: MagnificationScale) -> Plan:
-    """Cut a run into levels, passes, tiles and batches."""
+    """Cut a run into levels, passes, tiles and batches.
+
+    Raises: ValueError when the canvas is to begin from a guide and has none.
+    """
     levels = make_levels(config.canvas, scale)
-    s, r, given = config.sampling, config.refine, config.guide is not None
-    finest = levels[-1]
-    joint = [make_tiling(n.height, n.width, s.tile_stride, s.batch_size) for n in levels]
-    passes = [
-        Pass(
-            "joint",
-            steps(s.start, s.stride, s.last_step_clean),
-            (*(None for _ in levels[:given]), *joint[given:]),
-            s.tile_weights,
-            s.weight,
-            guided=config.guidance.method != "none" and len(levels) > 1,
-            renoised=False,
-        )
-    ]
-    if r.start:
-        tilings = (
-            *(None for _ in levels[:-1]),
-            make_tiling(finest.height, finest.width, r.tile_stride, s.batch_size),
-        )
-        passes.append(
-            Pass(
-                "refine",
-                steps(r.start, r.stride),
-                tilings,
-                r.tile_weights,
-                r.weight,
-                guided=False,
-                renoised=True,
-            )
-        )
-    d = config.decode
+    d, given = config.decode, config.guide is not None
+    first = from_guide(config, levels)
+    passes = _cascade(config, levels, first, given) if first else [_joint(config, levels, given)]
+    passes += [_refine(config, levels[-1], len(levels))] if config.refine.start else []
     decodes = tuple(make_tiling(n.height, n.width, d.tile_stride, d.batch_size) for n in levels)
     return Plan(levels, tuple(passes), decodes, (config.canvas.height, config.canvas.width), given)
+
+
+def from_guide(config: RunConfig, levels: tuple[Level, ...]) -> int:
+    """Return the timestep at which finer levels begin from their guide; 0 when all levels are sampled jointly.
+
+    Raises: ValueError when one is asked for and there is no coarser level.
+    """
+    asked = config.sampling.from_guide
+    if asked and len(levels) == 1:
+        raise ValueError(
+            f"sampling.from_guide={asked} needs a guide, a coarser level to begin from; this canvas has "
+            f"{levels[0].name} alone. Name a coarser one first in canvas.levels, or set sampling.from_guide=0."
+        )
+    if asked is None:
+        return FROM_GUIDE if len(levels) > 1 and config.guide is None else 0
+    return asked
+
+
+def _joint(config: RunConfig, levels: tuple[Level, ...], given: bool) -> Pass:
+    """Return the pass over all levels side by side, in the published order; a given level is not sampled."""
+    begins: Beginning = "guide" if given and config.sampling.start < TRAIN_STEPS else "noise"
+    tilings = [None if given and not i else _tiling(config, level) for i, level in enumerate(levels)]
+    return _pass(config, "joint", config.sampling.start, tilings, begins, guided=len(levels) > 1)
+
+
+def _cascade(config: RunConfig, levels: tuple[Level, ...], first: int, given: bool) -> list[Pass]:
+    """Return one pass per level, coarse to fine: each but the coarsest begins from the one before, at `first`."""
+    found = []
+    for i, level in enumerate(levels[given:], int(given)):
+        tilings = [_tiling(config, level) if n == i else None for n in range(len(levels))]
+        start, begins = (first, "guide") if i else (config.sampling.start, "noise")
+        found.append(_pass(config, level.name, start, tilings, begins, guided=i > 0))
+    return found
+
+
+def _tiling(config: RunConfig, level: Level) -> Tiling:
+    return make_tiling(level.height, level.width, config.sampling.tile_stride, config.sampling.batch_size)
+
+
+def _pass(
+    config: RunConfig, name: str, start: int, tilings: list[Tiling | None], begins: Beginning, *, guided: bool
+) -> Pass:
+    s = config.sampling
+    return Pass(
+        name,
+        steps(start, min(s.stride, start), s.last_step_clean, s.solver),
+        tuple(tilings),
+        s.tile_weights,
+        s.weight,
+        guided=guided and config.guidance.method != "none",
+        begins=begins,
+        weighted=(s.weight_from, s.weight_to),
+    )
+
+
+def _refine(config: RunConfig, finest: Level, levels: int) -> Pass:
+    r = config.refine
+    tiling = make_tiling(finest.height, finest.width, r.tile_stride, config.sampling.batch_size)
+    tilings = (*[None] * (levels - 1), tiling)
+    return Pass("refine", steps(r.start, r.stride), tilings, r.tile_weights, r.weight, guided=False, begins="latents")

@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from engine.arguments import parse, parse_with_flags, peek
+from engine.config import RayConfig
+from engine.environment import this_process
 from engine.errors import EngineError
 from engine.interruption import sigterm_as_exit
 from engine.lock import RunLock
 from engine.ray_address import announce_address
 from engine.training.cost import training_table
+from engine.training.precision import settle_precision
 from engine.training.tasks import TASKS, PreparedConfig, learn
 
 log = logging.getLogger("engine.train")
@@ -40,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
     name = peek(argv, "task", list(TASKS), PROG)
     task = TASKS[name]
-    if task.export is None:
+    if (export := task.export) is None:
         if given := [f"--{flag}" for flag in FLAGS if f"--{flag}" in argv]:
             others = " or ".join(other for other, that in TASKS.items() if that.export is not None)
             sys.stderr.write(f"{PROG}: {given[0]} needs the task {others}; task is {name}. Leave {given[0]} out.\n")
@@ -50,12 +53,15 @@ def main(argv: Sequence[str]) -> int:
     if "plan" in flags:
         return _plan(config)
     if "export" in flags:
-        return _logged(config, task.export)
-    return _logged(config, learn_on_ray if config.ray.enabled else learn)
+        return _logged(config, lambda c: export(settle_precision(c, this_process(c.device))))
+    if not config.ray.enabled:
+        return _logged(config, lambda c: learn(settle_precision(c, this_process(c.device))))
+    return _logged(config, learn_on_ray)
 
 
 def _plan(config: PreparedConfig) -> int:
     try:
+        config = settle_precision(config, this_process(config.device))
         sys.stdout.write(training_table(config) + "\n")
     except EngineError as error:
         sys.stderr.write(f"engine.train: {error}\n")
@@ -100,9 +106,11 @@ def _log_in(folder: Path) -> Iterator[None]:
 def learn_on_ray(config: PreparedConfig) -> None:
     """Train on the workers of a Ray cluster, or of a private Ray."""
     announce_address(config.ray.address)
-    from actors.training import train_on_ray  # Ray is imported only by runs that use it
+    from actors.hardware import hardware_of_replicas  # Ray is imported only by runs that use it
+    from actors.training import train_on_ray
 
-    train_on_ray(config)
+    asked = RayConfig(address=config.ray.address)
+    train_on_ray(settle_precision(config, lambda: hardware_of_replicas(asked, config.device)))
 
 
 if __name__ == "__main__":

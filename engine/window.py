@@ -90,8 +90,8 @@ def window_under(plan: Plan, region: Box) -> tuple[Tiling, Window]:
 
     They are the tiles that touch the region, and the next ones on a side where less than the rim would be left.
     """
-    joint, level = plan.passes[0].tilings[-1], plan.finest
-    assert joint is not None  # the first pass covers every level
+    joint, level = plan.finest_pass.tilings[-1], plan.finest
+    assert joint is not None  # it is the pass that samples it
     under = region.latent()
     _, box = touching(joint, under)
     wanted = Box(
@@ -110,20 +110,20 @@ def window_plan(plan: Plan, region: Box, from_t: int) -> Plan:
     A refinement tiles the window anew: its tiles seldom end where those of the first pass do.
     Raises: ValueError when no step is left.
     """
-    first, last = plan.passes[0].steps[0].t, plan.passes[0].steps[-1].t
+    first, last = plan.finest_pass.steps[0].t, plan.finest_pass.steps[-1].t
     if not last <= from_t <= first:
         raise ValueError(f"from_t must lie in {last}..{first}, the run's own timesteps; got {from_t}.")
     tiling, window = window_under(plan, region)
     height, width = window.box.size
     level: Level = replace(plan.finest, height=height, width=width)
     passes = []
-    for number, pass_ in enumerate(plan.passes):
+    for pass_ in plan.passes:
         whole = pass_.tilings[-1]
-        assert whole is not None  # every pass has the finest level
-        inner = tiling if number == 0 else make_tiling(height, width, _stride(whole), whole.batch_size)
         steps = tuple(step for step in pass_.steps if step.t <= from_t)
-        if steps:
-            passes.append(replace(pass_, steps=steps, tilings=(inner,)))
+        if whole is None or not steps:
+            continue
+        inner = tiling if pass_ is plan.finest_pass else make_tiling(height, width, _stride(whole), whole.batch_size)
+        passes.append(replace(pass_, steps=steps, tilings=(inner,), begins="latents"))
     return Plan((level,), tuple(passes), (plan.decode,), (height * LATENT_FACTOR, width * LATENT_FACTOR))
 
 

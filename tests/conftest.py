@@ -1,6 +1,8 @@
 """What all tests share: pinned arithmetic, one private Ray and one S3-compatible server for the whole session."""
 
+import ctypes
 import logging
+import os
 import signal
 import uuid
 from collections.abc import Iterator
@@ -8,10 +10,39 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# Ray starts its workers with niceness 15: beside one busy job they would hardly get a core. Read when Ray starts.
+os.environ.setdefault("RAY_worker_niceness", "0")
+ON_RAY_S = 900
+"""Guard against a test on Ray that hangs: its processes import for a minute where another job is at work."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(ON_RAY_S))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _keep_large_buffers() -> None:
+    """Keep what convolutions free: glibc gives buffers above 32 MiB back, and the system zeroes them at every use."""
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's; others have none
+    if set_option is not None:
+        set_option(M_MMAP_THRESHOLD, 1 << 30)
+        set_option(M_TRIM_THRESHOLD, (1 << 31) - 1)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_bfloat16() -> Iterator[None]:
+    """dtype=auto is float32 in all tests, whatever CPU they run on: many compare with networks in float32."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cpu.get_capabilities", lambda: {"cpu_name": "a CPU of the tests"})
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.predict import DecodeBatch, DecodedBatch, DenoiseTiles, NewtonTarget, TileBatch, TilePrediction
+from engine.predict import (
+    DecodeBatch,
+    DecodedBatch,
+    DenoiseTiles,
+    EncodeBatch,
+    EncodedBatch,
+    NewtonTarget,
+    TileBatch,
+    TilePrediction,
+)
 
 READ_AHEAD = 16
 """Batches any denoiser of these tests may take before it has answered the first."""
@@ -32,6 +41,9 @@ class Dying:
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         return self.inner.decode(batches)
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        return self.inner.encode(batches)
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> ZoomLDM:
@@ -59,6 +71,11 @@ def tile_batch(index: int, magnification: int = 0, newton: bool = False) -> Tile
 
 def decode_batch(index: int) -> DecodeBatch:
     return DecodeBatch(f"decode/{index}", (index,), tile_batch(index).x_t[:1])
+
+
+def encode_batch(index: int) -> EncodeBatch:
+    draw = np.random.default_rng(index)
+    return EncodeBatch(f"encode/{index}", (index,), draw.uniform(-1, 1, (2, 3, 256, 256)).astype(np.float32))
 
 
 class Counting:
@@ -156,6 +173,14 @@ class DenoiserContract:
         pictures = list(denoiser.decode(decode_batch(i) for i in range(3)))
         assert [p.key for p in pictures] == [f"decode/{i}" for i in range(3)]
         assert {p.images.shape for p in pictures} == {(1, 3, 256, 256)}
+
+    def test_encodes_in_order(self, denoiser: DenoiseTiles) -> None:
+        latents = list(denoiser.encode(encode_batch(i) for i in range(3)))
+        assert [p.key for p in latents] == [f"encode/{i}" for i in range(3)]
+        assert {p.latents.shape for p in latents} == {(2, 3, 64, 64)}
+        assert latents[0].latents.dtype == np.float32
+        (again,) = denoiser.encode([encode_batch(0)])
+        assert again.latents.tobytes() == latents[0].latents.tobytes()
 
     def test_runs_nest(self, denoiser: DenoiseTiles) -> None:
         """The guide of a batch may come from the same denoiser, asked while it waits for that batch."""

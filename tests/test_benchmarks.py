@@ -36,10 +36,10 @@ def pointwise_run(size: int) -> BareRun:
 
 def test_bare_run_ends_early_when_asked(tmp_path: Path) -> None:
     run = pointwise_run(320)
-    assert [len(r.plan.passes[0].steps) for r in (run, run.first_steps(3))] == [4, 3]
+    assert [[len(p.steps) for p in r.plan.passes] for r in (run, run.first_steps(1))] == [[4, 3], [1, 1]]
     parts: list[str] = []
     timing = run.go(tmp_path / "whole", PointwiseDenoiser(), parts.append)
-    run.first_steps(3).go(tmp_path / "cut", PointwiseDenoiser())
+    run.first_steps(1).go(tmp_path / "cut", PointwiseDenoiser())
     assert parts == ["sampling", "decoding"]
     assert 0 < timing.sampling_waited_s < timing.sampling_s
     assert timing.wall_s == timing.sampling_s + timing.decoding_s
@@ -101,9 +101,10 @@ def test_gpu_extrapolates_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("EXTRAPOLATED from 1 of 2 steps") == 2
     assert (newton["method"], none["method"]) == ("newton", "none")
     assert newton["pflop"] > 2 * none["pflop"]
+    assert newton["sampling_s"] == pytest.approx(2 * newton["sampling_measured_s"], rel=1e-3)
+    assert 1 < none["sampling_s"] / none["sampling_measured_s"] < 2  # what it begins from is encoded once
     for row in (newton, none):
         assert row["tiles_per_step"] == 4
-        assert row["sampling_s"] == pytest.approx(2 * row["sampling_measured_s"])
         assert row["total_s"] == pytest.approx(row["sampling_s"] + row["decoding_s"])
         assert row["tflops_network"] >= row["tflops"] > 0
         assert row["peak_gib"] is None
@@ -111,7 +112,7 @@ def test_gpu_extrapolates_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_a_training_step_is_timed_and_counted(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    config = ["--config", "configs/train_demo_refine.yaml", "--initial.model", "demo"]
+    config = ["--config", "configs/train_demo_refine.yaml", "--initial.model", "demo", "--precision", "float32"]
     argv = [*config, "--batches", "1,2", "--steps", "1", "--peak-tflops", "10"]
     assert gpu_training.main([*argv, "--json", str(file)]) == 0
     one, two = json.loads(file.read_text())["rows"]
@@ -184,7 +185,8 @@ def test_pieces_share_patches_as_they_have_room() -> None:
 
 def test_cross_scale_sees_what_it_says_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--folder", str(tmp_path), "--at", "5x", "--pieces", "2", "--small", "1", "--heldout", "2"]
-    flags += ["--ratio", "9", "--steps", "3", "--stride", "500", "--threads", "1", "--seeds"]
+    flags += ["--ratio", "9", "--steps", "3", "--stride", "500", "--threads", "1"]
+    flags += ["--precision", "float32", "--seeds"]
     assert cross_scale.main([*flags, "0"]) in (0, 1)
     first = json.loads((tmp_path / "figures.json").read_text())
     assert [name.rpartition(" ")[0].rpartition(": ")[2] for name in first] == ["1", "3", "3"]

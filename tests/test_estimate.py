@@ -47,7 +47,7 @@ def published(method: str) -> RunConfig:
     return RunConfig(
         model=ModelConfigSection(dtype="bfloat16"),
         canvas=CanvasConfig(height=4096, width=4096),
-        sampling=SamplingConfig(tile_stride=64, tile_weights="uniform"),
+        sampling=SamplingConfig(from_guide=0, tile_stride=64, tile_weights="uniform"),
         guidance=GuidanceConfig(method=method),  # type: ignore[arg-type]
         refine=RefineConfig(start=300),
         decode=DecodeConfig(tile_stride=16),
@@ -82,7 +82,7 @@ def test_newton_calls_per_tile(full: ModelConfig) -> None:
     corrections = 256 * 20 * 10
     assert with_.unet - without.unet == 4 * corrections
     assert with_.encode == 2 * corrections
-    assert with_.decode == corrections + 20 * 4  # and the guide's own tile, in a batch of 4
+    assert with_.decode == corrections + 20  # and the guide's own tile
     assert without.encode == without.decode == 0
 
 

@@ -4,21 +4,22 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import exit_code
 from known_picture import full_disk
 from PIL import Image
 from written_slides import box, overwrite, tile_bytes, tissue, write_tiff
 
 from engine.arguments import parse
+from engine.bag_writer import BagWriter
 from engine.bags import BagFile
 from engine.errors import CanvasError, CanvasMismatchError, EngineError
 from engine.extract_features import main
@@ -37,18 +38,20 @@ from engine.slides.slide import open_slide
 from engine.slides.tissue import TissueConfig, find_tissue
 
 EVERYTHING = TissueConfig("everything")
-CHILD = """
-import os, signal, sys
-from engine.bag_writer import BagWriter
-from engine.extract_features import main
-written, write = [], BagWriter.write
-def dying(*arguments):
-    if len(written) == 3:  # the second block, half written
-        os.kill(os.getpid(), signal.SIGKILL)
-    written.append(write(*arguments))
-BagWriter.write = dying
-main(sys.argv[1:])
-"""
+
+
+def die_in_the_second_block(argv: list[str]) -> None:
+    """Extract in this process until the second block is half written."""
+    written, write = [], BagWriter.write
+
+    def dying(*arguments: Any) -> Any:
+        if len(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(write(*arguments))
+        return written[-1]
+
+    BagWriter.write = dying
+    main(argv)
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +82,7 @@ def flags(config: ExtractConfig) -> list[str]:
 def config_of(tiny: Path, slides: Path, out: Path) -> ExtractConfig:
     features = FeatureConfig(blocks=("up.1",), timestep=100, batch=2)  # the tiny model has no up.3
     config = ExtractConfig(str(slides), str(out), finder=EVERYTHING, features=features)
-    model = replace(config.model, source=str(tiny), device="cpu")
+    model = replace(config.model, source=str(tiny), device="cpu", dtype="float32")
     return replace(config, blocks=BlockConfig(parents=1), model=model)
 
 
@@ -173,8 +176,7 @@ def test_a_killed_run_continues_to_the_same_bytes(tiny: Path, tmp_path: Path) ->
     write_slide(tmp_path / "slides" / "a.tif")
     whole = replace(config, out=str(tmp_path / "whole"))
     assert run(whole) == {"a": ""}
-    child = subprocess.run([sys.executable, "-c", CHILD, *flags(config)], capture_output=True, timeout=500)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert exit_code(die_in_the_second_block, flags(config)) == -signal.SIGKILL
     blocks = tmp_path / "out" / "features" / "a.h5.blocks"
     assert len(list(blocks.glob("*.npy"))) == 3
     kept = {p: p.stat().st_mtime_ns for p in blocks.glob("*.npy")}
@@ -294,6 +296,7 @@ def test_own_condition_and_two_encoders_in_one_pass(tmp_path: Path) -> None:
     settings = FeatureConfig(condition="own", batch=2)
     slides, out = str(tmp_path / "slides"), str(tmp_path / "out")
     config = ExtractConfig(slides, out, encoders=("zoomldm", "demo"), finder=EVERYTHING, features=settings)
+    config = replace(config, model=replace(config.model, dtype="float32"))  # the encoders below read it, too
     assert run(config) == {"a": ""}
     own, ssl = (content(tmp_path / "out" / f / "a.h5") for f in ("features", "features_demo"))
     np.testing.assert_array_equal(own["20x/coords"], ssl["20x/coords"])

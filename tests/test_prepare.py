@@ -4,14 +4,14 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from forked import exit_code
 from PIL import Image
 from written_slides import box, overwrite, tile_bytes, tissue, write_tiff
 
@@ -26,6 +26,7 @@ from engine.preparation_config import PrepareBlocks, PrepareConfig
 from engine.preparation_encoders import load_networks
 from engine.prepare import main
 from engine.prepared import PreparedSet
+from engine.prepared_writer import PreparedWriter
 from engine.progress import Progress
 from engine.slide_crew import work_alone
 from engine.slide_report import FAILED
@@ -33,18 +34,20 @@ from engine.slides.slide import open_slide
 from engine.slides.tissue import TissueConfig
 
 EVERYTHING = TissueConfig("everything")
-CHILD = """
-import os, signal, sys
-from engine.prepared_writer import PreparedWriter
-from engine.prepare import main
-written, write = [], PreparedWriter.write
-def dying(*arguments):
-    if len(written) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    written.append(write(*arguments))
-PreparedWriter.write = dying
-main(sys.argv[1:])
-"""
+
+
+def die_in_the_third_write(argv: list[str]) -> None:
+    """Prepare in this process until two blocks are written."""
+    written, write = [], PreparedWriter.write
+
+    def dying(*arguments: Any) -> Any:
+        if len(written) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written.append(write(*arguments))
+        return written[-1]
+
+    PreparedWriter.write = dying
+    main(argv)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +72,7 @@ def write_slide(path: Path, height: int = 1100, width: int = 1400, mpp: float | 
 
 def config_of(model: Path, slides: Path, out: Path) -> PrepareConfig:
     config = PrepareConfig(str(slides), str(out), coarsest="5x", finder=EVERYTHING, blocks=PrepareBlocks(16, 4))
-    return replace(config, model=replace(config.model, source=str(model), device="cpu"))
+    return replace(config, model=replace(config.model, source=str(model), device="cpu", dtype="float32"))
 
 
 def flags(config: PrepareConfig) -> list[str]:
@@ -135,8 +138,7 @@ def test_the_report_counts_and_shows(done: PrepareConfig) -> None:
 
 def test_a_kill_costs_the_blocks_in_flight_alone(done: PrepareConfig, tmp_path: Path) -> None:
     config = replace(done, out=str(tmp_path / "out"), keep_images=False)
-    child = subprocess.run([sys.executable, "-c", CHILD, *flags(config)], capture_output=True, text=True)
-    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert exit_code(die_in_the_third_write, flags(config)) == -signal.SIGKILL
     journal = (tmp_path / "out" / "slides" / "a" / "journal").read_text().splitlines()
     assert len(journal) == 3
     assert not (tmp_path / "out" / "slides" / "a" / "slide.json").exists()

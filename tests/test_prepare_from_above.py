@@ -59,7 +59,7 @@ def test_a_geotiff_is_prepared_from_1x_to_4x(tmp_path: Path) -> None:
         str(tmp_path / "pictures"), str(tmp_path / "out"), domain="naip", keep_images=True, blocks=PrepareBlocks(64, 4)
     )
     source = str(store_model(tmp_path / "model"))
-    config = replace(config, model=replace(config.model, source=source, device="cpu"))
+    config = replace(config, model=replace(config.model, source=source, device="cpu", dtype="float32"))
     (record,) = prepare(config, work_alone, Progress(), False)
     assert (record.code, record.counts) == ("", {"1x": 64, "2x": 16, "3x": 4, "4x": 1})
     found = PreparedSet(config.out)

@@ -13,6 +13,7 @@ import yaml
 from engine import pilot
 from engine.conditions import Conditions
 from engine.config import CanvasConfig, ModelConfigSection, OutputConfig, RunConfig, SamplingConfig
+from engine.environment import check_environment
 from engine.errors import CanvasError, CanvasMismatchError
 from engine.model.colour import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
@@ -20,7 +21,7 @@ from engine.outputs import Part, tile_edges
 from engine.pilot import fit_map, stored_or_fitted
 from engine.predict import DecodeBatch, LocalDenoiser
 from engine.progress import Progress, TimedDenoiser
-from engine.run import Job, check_environment, picture_keys, write_config
+from engine.run import Job, picture_keys, write_config
 from engine.tiles import make_plan
 
 
@@ -54,17 +55,18 @@ def test_resolved_config_is_plain_yaml(tmp_path: Path) -> None:
 
 
 def test_run_is_held_to_where_it_began(tmp_path: Path) -> None:
-    check_environment(tmp_path, "cuda")
-    check_environment(tmp_path, "cuda")
+    cpu, cuda = {"device": "cpu"}, {"device": "cuda"}
+    check_environment(tmp_path, cuda)
+    check_environment(tmp_path, cuda)
     with pytest.raises(CanvasMismatchError, match="device was cuda, now cpu"):
-        check_environment(tmp_path, "cpu")
+        check_environment(tmp_path, cpu)
     then = json.loads((tmp_path / "environment.json").read_text())
     (tmp_path / "environment.json").write_text(json.dumps({**then, "torch": "1.0"}))
     with pytest.raises(CanvasMismatchError, match=r"torch was 1\.0"):
-        check_environment(tmp_path, "cuda")
+        check_environment(tmp_path, cuda)
     (tmp_path / "environment.json").write_text("{")
     with pytest.raises(CanvasError, match=r"environment\.json must say"):
-        check_environment(tmp_path, "cuda")
+        check_environment(tmp_path, cuda)
 
 
 def test_fitted_map_is_a_function_of_its_inputs_and_is_kept(

@@ -23,6 +23,7 @@ from engine.sampler import Sampling, keyed_noise, sample_large
 from engine.tiles import make_plan
 from engine.workers import Workers
 
+SAMPLING = SamplingConfig(stride=400, weight=1.0, from_guide=0)
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 DRAW = torch.Generator().manual_seed(0)
 LATENTS = torch.randn(4, 3, 64, 64, generator=DRAW)
@@ -31,7 +32,7 @@ MAPS = {"guidance/linear": LinearColour.fit(LATENTS, LATENTS.repeat_interleave(4
 
 def sampling(folder: Path, config: RunConfig, denoiser: DenoiseTiles, constant: bool = False) -> Sampling:
     plan = make_plan(config, SCALE)
-    canvas = Canvas.open(folder, config.picture_keys(), {n.name: (n.height, n.width) for n in plan.levels})
+    canvas = Canvas.open(folder, config.picture_keys(), plan.arrays)
     grid = np.random.default_rng(1).standard_normal((16, *plan.grid_shape)).astype(np.float32)
     return Sampling(
         plan=plan,
@@ -59,11 +60,11 @@ def model() -> ZoomLDM:
     return ZoomLDM(tiny_config()).eval()
 
 
-def config(method: str = "linear", **canvas: int) -> RunConfig:
+def config(method: str = "linear", sampling: SamplingConfig = SAMPLING, **canvas: int) -> RunConfig:
     size = {"height": 384, "width": 600} | canvas
     return RunConfig(
         canvas=CanvasConfig(**size),
-        sampling=SamplingConfig(stride=400, weight=1.0),
+        sampling=sampling,
         guidance=GuidanceConfig(method=method, corrections=1),
         refine=RefineConfig(start=200, stride=200, tile_stride=32),
     )
@@ -99,7 +100,9 @@ def test_where_tiles_agree_the_tiling_does_not_matter(tmp_path: Path, method: st
             tmp_path / str(stride),
             RunConfig(
                 canvas=CanvasConfig(300, 500),
-                sampling=SamplingConfig(stride=250, tile_stride=stride, tile_weights=weights, batch_size=batch),
+                sampling=SamplingConfig(
+                    stride=250, from_guide=0, tile_stride=stride, tile_weights=weights, batch_size=batch
+                ),
                 guidance=GuidanceConfig(method=method),
             ),
             PointwiseDenoiser(),
@@ -114,7 +117,7 @@ def test_where_tiles_agree_the_tiling_does_not_matter(tmp_path: Path, method: st
 class Raising:
     """A guidance that raises every latent by one."""
 
-    halo_cells = 0
+    cell, halo_cells = 1, 0
 
     def correct(self, x0: torch.Tensor, wished: torch.Tensor, q: int) -> torch.Tensor:
         return x0 + 1
@@ -122,7 +125,7 @@ class Raising:
 
 def test_guidance_moves_x0_and_leaves_eps(tmp_path: Path) -> None:
     """After one step the canvas has moved by what the update makes of x0 alone."""
-    c = RunConfig(canvas=CanvasConfig(300, 500), sampling=SamplingConfig(stride=1000))
+    c = RunConfig(canvas=CanvasConfig(300, 500), sampling=SamplingConfig(stride=1000, from_guide=0))
     plain = sampling(tmp_path / "plain", c, PointwiseDenoiser())
     steered = sampling(tmp_path / "steered", c, PointwiseDenoiser())
     after = []
@@ -136,13 +139,17 @@ def test_guidance_moves_x0_and_leaves_eps(tmp_path: Path) -> None:
     assert np.array_equal(after[1][coarsest], after[0][coarsest])
 
 
-@pytest.mark.parametrize("method", ["linear", "newton"])
-def test_resumed_equals_uninterrupted(tmp_path: Path, model: ZoomLDM, method: str) -> None:
-    whole = sample(tmp_path / "whole", config(method), LocalDenoiser(model))
-    for batches in (0, 5, 4, 4):  # inside the first, second and third step, and in the refinement
+FROM_GUIDE = SamplingConfig(stride=300, weight=1.0, weight_from=700, from_guide=800, solver="dpmpp_2m")
+
+
+@pytest.mark.parametrize(("method", "how"), [("linear", SAMPLING), ("newton", SAMPLING), ("linear", FROM_GUIDE)])
+def test_resumed_equals_uninterrupted(tmp_path: Path, model: ZoomLDM, method: str, how: SamplingConfig) -> None:
+    c = config(method, how)
+    whole = sample(tmp_path / "whole", c, LocalDenoiser(model))
+    for batches in (0, 5, 4, 4 if how is SAMPLING else 3):  # inside a step of each pass, and in the refinement
         with pytest.raises(ConnectionError):
-            sample(tmp_path / "cut", config(method), Dying(LocalDenoiser(model), batches))
-    assert np.array_equal(sample(tmp_path / "cut", config(method), LocalDenoiser(model)), whole)
+            sample(tmp_path / "cut", c, Dying(LocalDenoiser(model), batches))
+    assert np.array_equal(sample(tmp_path / "cut", c, LocalDenoiser(model)), whole)
 
 
 class ReadingAhead:
@@ -174,13 +181,21 @@ class ReadingAhead:
     def decode(self, batches):
         return self.inner.decode(batches)
 
+    def encode(self, batches):
+        return self.inner.encode(batches)
 
-@pytest.mark.parametrize("method", ["linear", "newton"])
-def test_reading_ahead_changes_no_byte(tmp_path: Path, model: ZoomLDM, method: str) -> None:
-    whole = sample(tmp_path / "whole", config(method), LocalDenoiser(model))
+
+JOINT_2M = replace(SAMPLING, stride=300, solver="dpmpp_2m")
+
+
+@pytest.mark.parametrize(("method", "how"), [("linear", JOINT_2M), ("newton", SAMPLING), ("linear", FROM_GUIDE)])
+def test_reading_ahead_changes_no_byte(tmp_path: Path, model: ZoomLDM, method: str, how: SamplingConfig) -> None:
+    c = config(method, how)
+    whole = sample(tmp_path / "whole", c, LocalDenoiser(model))
     ahead = ReadingAhead(LocalDenoiser(model), 3)
-    assert np.array_equal(sample(tmp_path / "ahead", config(method), ahead), whole)
-    assert any(len(set(keys)) > 1 for keys in ahead.seen)  # batches of two levels or steps side by side
+    assert np.array_equal(sample(tmp_path / "ahead", c, ahead), whole)
+    joint = how is not FROM_GUIDE  # its levels are too small to be read ahead by themselves
+    assert any(len(set(keys)) > 1 for keys in ahead.seen) == joint  # batches of two levels or steps side by side
 
 
 def test_the_next_step_begins_before_the_last_tiles_are_in(tmp_path: Path) -> None:
@@ -201,7 +216,7 @@ def test_the_next_step_begins_before_the_last_tiles_are_in(tmp_path: Path) -> No
 
 def test_a_level_is_one_step_ahead_of_the_next_finer_one(tmp_path: Path) -> None:
     """So that the picture that steers is decoded while the finer level is at work."""
-    c = RunConfig(canvas=CanvasConfig(300, 500), sampling=SamplingConfig(stride=250))
+    c = RunConfig(canvas=CanvasConfig(300, 500), sampling=SamplingConfig(stride=250, from_guide=0))
     ahead = ReadingAhead(PointwiseDenoiser(), 1)
     sample(tmp_path / "run", c, ahead)
     assert list(dict.fromkeys(keys[0] for keys in ahead.seen)) == [

@@ -25,7 +25,7 @@ HEIGHT, WIDTH = 1203, 902
 WHOLE = Box(0, 0, HEIGHT, WIDTH)
 CONFIG = RunConfig(
     canvas=CanvasConfig(HEIGHT, WIDTH),
-    sampling=SamplingConfig(stride=250, batch_size=3),
+    sampling=SamplingConfig(stride=250, from_guide=0, batch_size=3),
     guidance=GuidanceConfig("none"),
     refine=RefineConfig(start=200, stride=200, tile_stride=40),
     decode=DecodeConfig(tile_stride=40),

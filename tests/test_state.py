@@ -22,6 +22,13 @@ def test_other_plan_is_refused_with_its_keys(tmp_path: Path):
     Canvas.open(tmp_path, KEYS, LEVELS).close()
 
 
+def test_a_run_that_lacks_a_newer_key_goes_on_as_it_was_begun(tmp_path: Path):
+    run_of(tmp_path, 1)
+    with pytest.raises(CanvasMismatchError, match="sampling.from_guide was 0, now 600"):
+        Canvas.open(tmp_path, KEYS | {"sampling.from_guide": 600}, LEVELS)
+    Canvas.open(tmp_path, KEYS | {"sampling.from_guide": 0, "sampling.solver": "ddim"}, LEVELS).close()
+
+
 def test_foreign_folder_is_refused_and_left_alone(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(CanvasError, match=r"thesis\.tex.*another output\.folder"):

@@ -68,7 +68,7 @@ def test_levels_must_run_from_coarse_to_the_base(levels: tuple[str, ...]) -> Non
 def test_one_code_path_expresses_all_recipes() -> None:
     published = RunConfig(
         canvas=CanvasConfig(4096, 4096),
-        sampling=SamplingConfig(tile_stride=64, tile_weights="uniform"),
+        sampling=SamplingConfig(from_guide=0, tile_stride=64, tile_weights="uniform"),
         guidance=GuidanceConfig(method="newton"),
         refine=RefineConfig(start=300),
     )
@@ -79,7 +79,7 @@ def test_one_code_path_expresses_all_recipes() -> None:
     assert refine.tilings[0] is None
     assert len(refine.tilings[-1]) == 61 * 61
     assert [s.t for s in refine.steps] == [300, 250, 200, 150, 100, 50]
-    assert refine.renoised
+    assert (joint.begins, refine.begins) == ("noise", "latents")
     assert not refine.guided
     predecessor = RunConfig(
         canvas=CanvasConfig(1024, 1024, ("20x",)),

@@ -29,7 +29,7 @@ MATRIX = LinearColour(torch.eye(3).double(), torch.zeros(3).double())
 def config_of(stride: int = 48, refine: int = 0, method: str = "linear") -> RunConfig:
     return RunConfig(
         canvas=CanvasConfig(HEIGHT, WIDTH),
-        sampling=SamplingConfig(stride=200, tile_stride=stride, last_step_clean=True),
+        sampling=SamplingConfig(stride=200, from_guide=0, tile_stride=stride, last_step_clean=True),
         guidance=GuidanceConfig(method),  # type: ignore[arg-type]
         refine=RefineConfig(start=refine, stride=100),
     )
@@ -103,6 +103,9 @@ def test_steps_begin_at_the_timestep_asked_for() -> None:
         [200],
         [200, 100],
     ]
+    beginning = replace(config_of(), sampling=SamplingConfig(from_guide=600, stride=200))
+    later = window_plan(make_plan(beginning, SCALE), REGIONS[1], 400)
+    assert [(p.name, p.begins, [s.t for s in p.steps]) for p in later.passes] == [("20x", "latents", [400, 200])]
     for t in (199, 1001):
         with pytest.raises(ValueError, match=rf"from_t must lie in 200\.\.1000.*got {t}"):
             window_plan(plan_of(), REGIONS[1], t)
@@ -155,7 +158,6 @@ def sampled(
             noise=keyed_noise(0),
             watch=SilentWatch(),
             guide=GuidePicture(picture, 16, (window.box.y0 % 4, window.box.x0 % 4)) if guide else None,
-            begin=lambda _: around.old,
             around=around,
         )
         sample_large(s)
@@ -194,21 +196,21 @@ def test_refinement_keeps_the_rim_too(tmp_path: Path) -> None:
     assert np.abs(found - expected).mean() < 0.05
 
 
-@pytest.mark.parametrize("offset", [(0, 0), (3, 1), (1, 2)])
-def test_a_window_is_steered_as_the_whole_is(offset: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("cell", "offset"), [(1, (0, 0)), (1, (3, 1)), (4, (1, 2)), (8, (7, 5))])
+def test_a_window_is_steered_as_the_whole_is(cell: int, offset: tuple[int, int]) -> None:
     draw = np.random.default_rng(0)
     x0 = draw.standard_normal((3, 160, 96)).astype(np.float32)
     picture = draw.uniform(-1, 1, (3, 40, 24)).astype(np.float32)
-    guidance = LinearGuidance(MATRIX, strength=1.0, damping=0.1)
+    guidance = LinearGuidance(MATRIX, strength=1.0, damping=0.1, cell=cell)
     whole = steer_rows(guidance, x0, (0, 0, 160), GuidePicture(picture, 16))
-    (cy, oy), (cx, ox) = ((8, offset[0]), (6, offset[1]))
-    top, left = 4 * cy + oy, 4 * cx + ox
+    cy, cx = 8, 6
+    top, left = 4 * cy + offset[0], 4 * cx + offset[1]
     guide = GuidePicture(picture[:, cy:, cx:], 16, offset)
     halo = halo_rows(guidance, guide)
     window = x0[:, top:, left:]
     rows = window[:, 32 - halo : 64 + halo]
     part = steer_rows(guidance, np.ascontiguousarray(rows), (32 - halo, 32, 64), guide)
-    np.testing.assert_allclose(part[:, :, 8:-8], whole[:, top + 32 : top + 64, left + 8 : -8], atol=1e-6)
+    np.testing.assert_allclose(part[:, :, 16:-16], whole[:, top + 32 : top + 64, left + 16 : -16], atol=1e-6)
     square = GuidePicture(picture, 16).square(4 * top + 20, 4 * left + 8, 4)
     np.testing.assert_allclose(guide.square(20, 8, 4), square, atol=1e-6)
 
@@ -216,7 +218,9 @@ def test_a_window_is_steered_as_the_whole_is(offset: tuple[int, int]) -> None:
 def test_another_tiling_of_the_window_changes_nothing_where_tiles_agree(tmp_path: Path) -> None:
     found = []
     for number, stride in enumerate((48, 64)):
-        config = replace(config_of(method="none"), sampling=SamplingConfig(stride=250, tile_stride=stride))
+        config = replace(
+            config_of(method="none"), sampling=SamplingConfig(stride=250, from_guide=0, tile_stride=stride)
+        )
         region = Box(0, 0, HEIGHT, WIDTH)
         found.append(sampled(tmp_path / str(number), config, None, np.zeros(0), False, region)[0])
     np.testing.assert_allclose(found[0], found[1], atol=2e-3)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.devices import keep_freed_memory
 from engine.errors import EngineError
 from engine.model.cdm import CDM, TIMES, CDMConfig
 from engine.model.cdm_store import conditioner_digest, save_cdm, write_published
@@ -24,6 +25,8 @@ from engine.summaries import alpha_bars
 from engine.training.cdm_settings import CDMOptimiserSettings, CDMTrainingConfig
 from engine.training.checkpointing import write_atomically
 from engine.training.loop import Conduct, Optimisation, settle, step_rng
+from engine.training.precision import settle_bfloat16
+from engine.training.settings import settled
 from engine.training.summaries import Summaries, Windows, open_windows, store_summaries
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     Raises: EngineError for grids that do not fit, a run folder of other settings, or losses that are not finite.
     """
     torch.set_num_threads(config.threads)
+    keep_freed_memory(config.device)
+    config = settle_bfloat16(config)
     run, model = Path(config.run), _open_model(config)
     sizes = cdm_config(model, config)
     sources, counts = find_windows(model, config)
@@ -58,7 +63,9 @@ def train_cdm(config: CDMTrainingConfig) -> None:
     optimisation = Optimisation(cdm, config.train, run / "cdm.pt", config.checkpoint_s, conduct=conduct)
 
     def loss_of(step: int, _part: int) -> tuple[Tensor, dict[str, float]]:
-        return x0_loss(cdm, *draw_batch(train, config.train, config.seed, step, config.device), config.bfloat16)
+        return x0_loss(
+            cdm, *draw_batch(train, config.train, config.seed, step, config.device), settled(config.bfloat16)
+        )
 
     def measured(state: Optimisation) -> dict[str, list[float]]:
         errors = heldout_errors(cdm, heldout, config.device)

@@ -81,8 +81,8 @@ class CDMTrainingConfig:
     """Seed of initial weights, windows, data order, times and noise."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the networks compute."""
-    bfloat16: bool = True
-    """Compute forward passes in bfloat16 (weights stay float32)."""
+    bfloat16: bool | Literal["auto"] = "auto"
+    """Compute forward passes in bfloat16 (weights stay float32); auto: where the device multiplies it."""
     store_half: bool = False
     """Write the weights as float16; they are loaded as float32."""
     threads: int = 1

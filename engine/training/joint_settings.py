@@ -10,7 +10,7 @@ from typing import Literal
 from engine.magnification import BRCA_SCALE
 from engine.training.settings import OptimiserSettings, PlaceSettings, require
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
@@ -191,8 +191,9 @@ class LearningConfig:
     """Seed of initial weights, order of patches, timesteps and noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks compute; auto takes a GPU where there is one."""
-    precision: Precision = "bfloat16"
-    """Of forward and backward passes; weights, their average and the optimiser's state stay float32."""
+    precision: Precision = "auto"
+    """Of forward and backward passes; weights, their average and the optimiser's state stay float32. auto takes
+    bfloat16 where the device multiplies it, else float32 (float16 on older GPUs), and keeps what a run began with."""
     threads: int = 2
     """CPU threads of the networks; a resume is bit-equal with the same number only."""
     loaders: int = 2

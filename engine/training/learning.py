@@ -15,6 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from engine.devices import keep_freed_memory
 from engine.training.checkpointing import save_json
 from engine.training.draws import Sample, ahead
 from engine.training.gradients import Group, GroupGradients
@@ -102,6 +103,7 @@ class Learning(Generic[P]):
             )
         self.config, self.lesson, self.train, self.group = config, lesson, train, group
         self.device, run = choose_device(config.device), Path(config.run)
+        keep_freed_memory(self.device.type)
         self.journal = Journal(run, lesson.sets, config.log_every, config.tensorboard, group)
         # The scale of float16's gradients starts at 2**16 and follows them; the others need none.
         scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision == "float16")

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import torch
 
+from engine.devices import keep_freed_memory
 from engine.training.autoencoder import encode_tiles
 from engine.training.cells import encode_regions, fit_encoder
 from engine.training.data import HELDOUT_SEED, render_regions
 from engine.training.export import fit_colour_maps, save_reconstructions, write_model
 from engine.training.loop import settle
-from engine.training.settings import DemoConfig
+from engine.training.precision import settle_bfloat16
+from engine.training.settings import DemoConfig, settled
 from engine.training.stages import (
     DEMO_SCALE,
     SSL_DIM,
@@ -30,6 +32,8 @@ def train(config: DemoConfig) -> None:
     Raises: TrainingError for a run folder of other settings: a stage's file does not say what it was made with.
     """
     torch.set_num_threads(config.threads)
+    keep_freed_memory(config.device)
+    config = settle_bfloat16(config)
     run = Path(config.run)
     settle(run, asdict(config))
     training, heldout = render_regions(run, config.data, DEMO_SCALE, config.threads)
@@ -44,7 +48,7 @@ def train(config: DemoConfig) -> None:
         raise ValueError(f"the encoder must give {SSL_DIM} numbers a cell; got {encoder.dim}. Delete encoder.pt.")
     encode_regions(encoder, training)  # the CDM learns from these
     encode_regions(encoder, heldout)
-    fit_colour_maps(model, encode_tiles(model.vae, heldout, 0, shown[0], config.device, config.bfloat16))
+    fit_colour_maps(model, encode_tiles(model.vae, heldout, 0, shown[0], config.device, settled(config.bfloat16)))
     figures = {
         "config": asdict(config),
         "training_seeds": f"0 to {config.data.train_regions - 1}",

@@ -12,6 +12,13 @@ def require(ok: bool, rule: str, came: object) -> None:
         raise ValueError(f"{rule}; got {came!r}.")
 
 
+def settled(bfloat16: bool | Literal["auto"]) -> bool:
+    """Return the key's value. Raises ValueError for auto, which must be settled before anything is computed."""
+    if bfloat16 == "auto":
+        raise ValueError("bfloat16=auto must be settled by engine.training.precision before it is used; it is not.")
+    return bfloat16
+
+
 @dataclass(frozen=True)
 class ModelSettings:
     """Sizes of the three networks; finest level first."""
@@ -163,8 +170,8 @@ class DemoConfig:
     """Seed of initial weights and data order."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the networks compute."""
-    bfloat16: bool = True
-    """Compute forward passes in bfloat16 (weights stay float32)."""
+    bfloat16: bool | Literal["auto"] = "auto"
+    """Compute forward passes in bfloat16 (weights stay float32); auto: where the device multiplies it."""
     threads: int = 2
     """CPU threads."""
     checkpoint_s: float = 120.0

@@ -19,7 +19,7 @@ from engine.training import autoencoder as ae
 from engine.training.checkpointing import load_checkpoint, save_checkpoint, save_json
 from engine.training.data import Regions, Tile
 from engine.training.loop import Optimisation, step_rng
-from engine.training.settings import DemoConfig, ModelSettings, OptimiserSettings
+from engine.training.settings import DemoConfig, ModelSettings, OptimiserSettings, settled
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def train_autoencoder(model: ZoomLDM, train: Regions, config: DemoConfig) -> Non
     _optimise(
         plain, settings.plain, run / "plain.pt", config,
         lambda step, _part: ae.plain_loss(
-            plain, *batch(ae.PLAIN, step, settings.plain.batch_size), settings, config.bfloat16),
+            plain, *batch(ae.PLAIN, step, settings.plain.batch_size), settings, settled(config.bfloat16)),
     )  # fmt: skip
     fit_codebook(model, train, config)
     vae.requires_grad_(False)
@@ -91,7 +91,7 @@ def train_autoencoder(model: ZoomLDM, train: Regions, config: DemoConfig) -> Non
     _optimise(
         decoder, settings.quantised, run / "quantised.pt", config,
         lambda step, _part: ae.quantised_loss(
-            vae, *batch(ae.QUANTISED, step, settings.quantised.batch_size), settings, config.bfloat16),
+            vae, *batch(ae.QUANTISED, step, settings.quantised.batch_size), settings, settled(config.bfloat16)),
     )  # fmt: skip
     vae.requires_grad_(False).eval()
     save_checkpoint(finished, {"vae": vae.state_dict()})
@@ -109,7 +109,7 @@ def fit_codebook(model: ZoomLDM, train: Regions, config: DemoConfig) -> None:
     latents = []
     for level, count in enumerate(config.data.train_tiles):
         tiles = train.tiles(level, count, config.seed)[: max(1, count // 30)]
-        latents.append(ae.encode_tiles(model.vae, train, level, tiles, config.device, config.bfloat16))
+        latents.append(ae.encode_tiles(model.vae, train, level, tiles, config.device, settled(config.bfloat16)))
     points = torch.from_numpy(np.concatenate(latents)).float().permute(0, 2, 3, 1).reshape(-1, 3)
     std, mean = torch.std_mean(points, dim=0)
     log.info("latents before standardisation: mean %s, deviation %s", mean.tolist(), std.tolist())
@@ -131,7 +131,9 @@ def measure_autoencoder(model: ZoomLDM, heldout: Regions, config: DemoConfig) ->
     path, weights = Path(config.run) / "psnr.json", Path(config.run) / "autoencoder.pt"
     if path.exists() and path.stat().st_mtime_ns > weights.stat().st_mtime_ns:
         return json.loads(path.read_text())
-    figures = ae.heldout_psnr(model.vae, heldout, heldout_tiles(heldout, config), config.device, config.bfloat16)
+    figures = ae.heldout_psnr(
+        model.vae, heldout, heldout_tiles(heldout, config), config.device, settled(config.bfloat16)
+    )
     log.info("held-out PSNR (dB): %s", figures)
     save_json(path, figures)
     return figures

@@ -14,12 +14,15 @@ SHOW = (
 )
 
 
-def chosen(home: Path, **environment: str) -> str:
-    """Return mode, whether there is a token, and whether Ray was imported, in a fresh process."""
+NICENESS = "import os, actors; print(os.environ['RAY_worker_niceness'])"
+
+
+def chosen(home: Path, show: str = SHOW, **environment: str) -> str:
+    """Return mode, whether there is a token, and whether Ray was imported, in a fresh process. `show` prints them."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     done = subprocess.run(
-        [sys.executable, "-c", SHOW], cwd=PROJECT_ROOT, env={**kept, "HOME": str(home), **environment},
-        check=True, capture_output=True, text=True, timeout=60,
+        [sys.executable, "-c", show], cwd=PROJECT_ROOT, env={**kept, "HOME": str(home), **environment},
+        check=True, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     return done.stdout.strip()
 
@@ -38,6 +41,11 @@ def chosen(home: Path, **environment: str) -> str:
 )
 def test_authentication(tmp_path: Path, environment: dict[str, str], expected: str) -> None:
     assert chosen(tmp_path, **environment) == expected
+
+
+def test_workers_of_a_private_ray_are_as_nice_as_their_driver(tmp_path: Path) -> None:
+    assert chosen(tmp_path, NICENESS) == "0"
+    assert chosen(tmp_path, NICENESS, RAY_worker_niceness="10") == "10"
 
 
 def test_a_stored_token_is_used(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
         write_tiff(folder / "slides" / f"{name}.tif", [picture], 0.5)
     (folder / "slides" / "none.svs").write_text("not a slide")
     config = ExtractConfig(str(folder / "slides"), str(folder / "local"), finder=TissueConfig("everything"))
-    model = replace(config.model, source=str(folder / "tiny"), device="cpu")
+    model = replace(config.model, source=str(folder / "tiny"), device="cpu", dtype="float32")
     small = FeatureConfig(blocks=("up.1",), timestep=100, batch=2)
     config = replace(
         config, model=model, features=small, blocks=BlockConfig(parents=1), ray=RayConfig(batch_timeout_s=300)

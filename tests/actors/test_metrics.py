@@ -41,7 +41,7 @@ with connect(RayConfig()):
 
 def scraped(url: str) -> dict[tuple[str, str], float]:
     """Return the run's samples by name and the tag that is neither the run's nor Ray's."""
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         text = answer.read().decode()
     found = {}
     for family in text_string_to_metric_families(text):
@@ -54,12 +54,12 @@ def scraped(url: str) -> dict[tuple[str, str], float]:
 
 def wait_for(url: str, name: str) -> dict[tuple[str, str], float]:
     """Scrape until a metric is there: Ray's processes report every ten seconds, and once more when they leave."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 250
     while True:
         found = scraped(url)
         if any(key[0] == name for key in found):
             return found
-        assert time.monotonic() < until, f"no {name} at {url} within 60 s; got {sorted(found)}"
+        assert time.monotonic() < until, f"no {name} at {url} within 250 s; got {sorted(found)}"
         time.sleep(0.5)
 
 
@@ -76,7 +76,7 @@ def test_prometheus_reads_what_was_told() -> None:
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     ) as driver:  # fmt: skip
         found = wait_for(url, "ray_zoomldm_tiles_total")
-        _, errors = driver.communicate("\n", timeout=60)
+        _, errors = driver.communicate("\n", timeout=250)
     assert driver.returncode == 0, errors
     assert found["ray_zoomldm_tiles_total", ""] == 12
     assert found["ray_zoomldm_restarts_total", ""] == 1

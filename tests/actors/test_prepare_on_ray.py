@@ -42,7 +42,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> PrepareConfig:
     (folder / "slides" / "none.svs").write_text("not a slide")
     config = PrepareConfig(str(folder / "slides"), str(folder / "local"), coarsest="5x")
     config = replace(config, finder=TissueConfig("everything"), blocks=PrepareBlocks(16, 4), keep_images=True)
-    section = replace(config.model, source=str(folder / "tiny"), device="cpu")
+    section = replace(config.model, source=str(folder / "tiny"), device="cpu", dtype="float32")
     config = replace(config, model=section, ray=RayConfig(batch_timeout_s=300))
     assert codes(config, work_alone) == CODES
     return config

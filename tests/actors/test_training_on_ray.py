@@ -63,8 +63,11 @@ def test_a_lost_worker_costs_the_steps_since_the_checkpoint(root: Path, monkeypa
     assert "continuing denoiser at step 2 of 4" in (root / "lost" / "log.txt").read_text()
     alone = tiny_config(root, "alone", replace(LEARN, steps=4))
     joint.train(alone)
-    for name, value in state_of(alone).items():
-        assert torch.allclose(value, state_of(config)[name], atol=1e-3), name
+    expected, got = state_of(alone), state_of(config)
+    # AdamW moves a weight by the learning rate however small its gradient: where that is rounding alone, as of a bias
+    # before a normalisation, two workers and one go different ways. A step lost or done twice would move them all.
+    off = torch.cat([(value - got[name]).float().flatten() for name, value in expected.items()])
+    assert off.square().mean().sqrt() < 0.1 * LEARN.lr
 
 
 def kill_once(mark: Path):

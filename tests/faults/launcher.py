@@ -1,13 +1,12 @@
 """generate_large.py in a process of its own, with a fault at a chosen instant: at the n-th call of a chosen function.
 
-The engine knows nothing of it: functions are wrapped here, before the command starts. The processes are forked from one
-that has imported everything, because the imports take longer than the run. A function is named "module:attribute".
+The engine knows nothing of it: functions are wrapped here, before the command starts. The imports take longer than the
+run, hence the fork. A function is named "module:attribute".
 """
 
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -19,11 +18,11 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
+from forked import start
+
 Act = Literal["kill", "kill after", "term", "fill", "limit", "sleep"]
 COUNTED = ("os:fsync", "os:replace", "engine.image:Image.read", "engine.canvas:Canvas.commit")
 """Functions whose calls an undisturbed run counts, so that instants can be drawn from all of them."""
-_SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["generate_large", "engine.run"])
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Started:
     def __init__(self, argv: list[str], log: Path, fault: Fault | None = None, counts: Path | None = None) -> None:
         self._log = log
         log.write_text("")  # for a run that is killed before it can say anything
-        self._process = _SERVER.Process(target=_run, args=(argv, str(log), fault, counts and str(counts)), daemon=True)
-        self._process.start()
+        self._process = start(_run, argv, str(log), fault, counts and str(counts))
 
     @property
     def running(self) -> bool:
@@ -88,11 +86,11 @@ def _run(argv: list[str], log: str, fault: Fault | None, counts: str | None) -> 
         for name in COUNTED:
             found[name] = itertools.count()
             _wrap(name, _counting(found[name]))
-    start = time.monotonic()
+    began = time.monotonic()
     code = generate_large.main(argv)
     if counts is not None:
         record = {name: next(count) for name, count in found.items()}
-        Path(counts).write_text(json.dumps({"calls": record, "seconds": time.monotonic() - start}))
+        Path(counts).write_text(json.dumps({"calls": record, "seconds": time.monotonic() - began}))
     sys.exit(code)
 
 

@@ -19,6 +19,7 @@ from sick import Sickness, sick_actor
 
 from engine.arguments import parse
 from engine.config import RayConfig, RunConfig
+from engine.devices import hardware_of
 from engine.errors import ReplicaLostError
 from engine.model.zoomldm import ZoomLDM
 from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
@@ -49,7 +50,7 @@ def on_pool(stats: dict[str, int], disturb: Callable | None = None) -> Engage:
     def engage(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
         with DenoiserPool(model, config.ray, threads=config.model.threads, device=config.model.device) as pool:
             pool.wait_ready()
-            yield Crew(disturb(pool) if disturb else pool, "cpu", lambda: pool.stats.replicas, dict)
+            yield Crew(disturb(pool) if disturb else pool, hardware_of("cpu"), lambda: pool.stats.replicas, dict)
             stats.update(restarts=pool.stats.restarts, retries=pool.stats.retries)
 
     return engage

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,16 +15,17 @@ from engine.model import hub
 from engine.model.zoomldm import ZoomLDM
 
 ASK = """
-import sys
+import sys, time
 from engine.errors import CheckpointError
-from engine.model.encoders import load_encoder
 from engine.model.hub import locate, locate_cdm, locate_files
+time.sleep = lambda seconds: print("waited", seconds)
 try:
     if sys.argv[1] == "model":
         print(locate("StonyBrook-CVLab/ZoomLDM", "brca"))
     elif sys.argv[1] == "cdm":
         print(locate_cdm("StonyBrook-CVLab/ZoomLDM", "brca"))
     elif sys.argv[1] == "features":
+        from engine.model.encoders import load_encoder  # brings torch, which the others do without
         load_encoder("phikon", flag="--features.encoder_source")
     else:
         print(locate_files("MahmoodLab/UNI", ["pytorch_model.bin"], "The SSL encoder UNI", "--model.encoder_source"))
@@ -43,7 +43,7 @@ def ask(what: str, home: Path, **environment: str) -> str:
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=True,
     )
     return result.stdout
@@ -94,9 +94,9 @@ def test_an_encoder_of_features_names_the_flag_of_its_command(tmp_path: Path) ->
 
 
 def test_an_unreachable_hub_is_not_waited_for(tmp_path: Path) -> None:
-    start = time.monotonic()
+    """The library would try again with ever longer pauses; where it does, `ask` says that it waited."""
     said = ask("encoder", tmp_path, HF_ENDPOINT="http://127.0.0.1:9")
-    assert time.monotonic() - start < 60, "the import itself takes seconds on a busy machine"
+    assert "waited" not in said
     assert "The SSL encoder UNI needs pytorch_model.bin of the Hub's MahmoodLab/UNI" in said
     assert "pass --model.encoder_source checkpoints/UNI" in said
 

@@ -19,7 +19,7 @@ class Reached(Exception):
 @pytest.fixture
 def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
     """A run that was begun before folders were compared, by a training that stops where it would render regions."""
-    config = DemoConfig(run=str(tmp_path / "run"), out=str(tmp_path / "model"))
+    config = DemoConfig(run=str(tmp_path / "run"), out=str(tmp_path / "model"), bfloat16=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
 

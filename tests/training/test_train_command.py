@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from forked import start
 from known_run import tiny_config, write_autoencoder, write_data
 
 from engine.arguments import PROJECT_ROOT, parse
@@ -55,13 +54,14 @@ def test_a_run_that_is_killed_ends_as_an_undisturbed_one(config: Path, tmp_path:
     """SIGKILL from outside, twice; what is left is the undisturbed run's, to the last byte."""
     argv = ["--config", str(config), "--train.steps", "24"]
     assert main([*argv, "--run", str(tmp_path / "whole"), "--output.folder", str(tmp_path / "whole_model")]) == 0
-    log, command = tmp_path / "run" / "log.jsonl", [sys.executable, "-m", "engine.train", *argv]
+    log = tmp_path / "run" / "log.jsonl"
     for lines in (2, 5):
-        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (not log.exists() or len(log.read_text().splitlines()) < lines):
-                time.sleep(0.01)
-            process.kill()
-        assert process.returncode == -signal.SIGKILL
+        process = start(main, argv)
+        while process.is_alive() and (not log.exists() or len(log.read_text().splitlines()) < lines):
+            time.sleep(0.01)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
     assert main(argv) == 0
     assert (tmp_path / "run" / "log.txt").read_text().count("continuing denoiser") == 2
     one, other = (torch.load(tmp_path / name / "denoiser.pt", weights_only=True) for name in ("whole", "run"))
