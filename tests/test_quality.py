@@ -198,6 +198,12 @@ def test_different_encoders_are_refused(tmp_path: Path, capsys) -> None:
     assert record["facts"]["mpp"] == 0.5
 
 
+def test_one_crop_is_no_set(root: Path, tmp_path: Path, capsys) -> None:
+    write_tiff(tmp_path / "one.tiff", TISSUE[0][:256, :256])
+    said = refused(capsys, tmp_path / "one.tiff", root / "real", "--encoder=texture", f"--out={tmp_path}")
+    assert "at least two crops" in said
+
+
 def test_fewer_crops_than_asked_for(root: Path, tmp_path: Path, capsys) -> None:
     said = refused(capsys, root / "real", root / "real", "--count=500", "--encoder=texture", f"--out={tmp_path}")
     assert "500 crops" in said

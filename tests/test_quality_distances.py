@@ -104,6 +104,8 @@ def test_sliced_distance_of_sets_of_different_size_is_exact() -> None:
     assert sliced_distance(line, twice) == pytest.approx(0, abs=1e-12)
     # 0, 1 against 0.5: each half moves 0.5
     assert sliced_distance(np.array([[0.0], [1.0]]), np.array([[0.5]])) == pytest.approx(0.25)
+    # Steps of 1/3 against halves: a sixth moves 1, a third moves 2.
+    assert sliced_distance(np.array([[0.0], [1.0]]), np.array([[0.0], [0.0], [3.0]])) == pytest.approx(1.5)
 
 
 def test_similarity_of_pairs_is_above_that_of_others() -> None:

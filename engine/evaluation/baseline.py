@@ -61,13 +61,17 @@ def draw_baseline(runs: list[Path], count: int, seed: int, device: str) -> Basel
     parts = [part for folder in runs for part in _of_run(PastRun(folder), share, seed, device)]
     if not parts:
         raise EngineError("single patches need whole cells of 256x256 px; no run has one. Make larger canvases.")
-    said, mpp = parts[0][2], parts[0][3]
-    patches, canvas = (np.concatenate([part[i] for part in parts])[:count] for i in (0, 1))
-    return Baseline(patches, canvas, mpp, said)
+    found = {part.mpp for part in parts}
+    if len(found) > 1:
+        raise EngineError(f"single patches need runs of one µm/px; got {sorted(found)}. Compare them one by one.")
+    patches = np.concatenate([part.patches for part in parts])[:count]
+    canvas = np.concatenate([part.canvas for part in parts])[:count]
+    # Runs of different settings are said once each.
+    return Baseline(patches, canvas, parts[0].mpp, "; ".join(dict.fromkeys(part.said for part in parts)))
 
 
-def _of_run(past: PastRun, count: int, seed: int, device: str) -> Iterator[tuple]:
-    """Yield batches of (patches, canvas, how, µm/px) of one run."""
+def _of_run(past: PastRun, count: int, seed: int, device: str) -> Iterator[Baseline]:
+    """Yield the patches of one run, batch by batch."""
     config, image, grid = stored_config(past.root.folder), past.picture(), past.grid
     rows, columns = image.height // TILE_PX, image.width // TILE_PX
     total = min(count, rows * columns)
@@ -85,7 +89,7 @@ def _of_run(past: PastRun, count: int, seed: int, device: str) -> Iterator[tuple
         filled = cells + cells[:1] * (sampling.batch_size - len(cells))
         drawn = to_uint8(sampler.draw(model, filled, index, first))[: len(some)]
         canvas = [image.read(y * TILE_PX, (y + 1) * TILE_PX, x * TILE_PX, (x + 1) * TILE_PX) for y, x in some]
-        yield drawn, np.stack(canvas), said, image.mpp_um
+        yield Baseline(drawn, np.stack(canvas), image.mpp_um, said)
 
 
 def condition_cells(past: PastRun, most: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:

@@ -17,6 +17,7 @@ from engine.evaluation.baseline import Baseline, condition_cells, stored_config
 from engine.evaluation.detail import Detail, detail_of, flags, ratios
 from engine.evaluation.figures import Figure, pair_figure
 from engine.evaluation.vectors import encode
+from engine.model.encoders import DEMO
 from engine.model.ssl_encoder import SSLEncoder
 from engine.outputs import REPORT
 from engine.past import PastRun
@@ -48,9 +49,11 @@ def judge_canvas(folder: Path, tissue_grey: float, encoder: SSLEncoder | None, b
     report = _read_report(folder / REPORT)
     similarity, note = None, "no encoder asked for"
     if encoder is not None:
-        wanted = describe(stored_config(past.root.folder).model).encoder
+        section = stored_config(past.root.folder).model
+        wanted = describe(section).encoder
         note = f"the conditions are vectors of {wanted}, the encoder is {encoder.id}"
-        if wanted == encoder.id:
+        # A model of one's own may carry a demo encoder of its own: the same name, other vectors.
+        if wanted == encoder.id and (wanted != DEMO or section.source == DEMO):
             conditions, cells = condition_cells(past, COMPARED)
             note = f"{len(cells)} cells"
             if len(cells) > 1:

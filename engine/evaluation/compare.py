@@ -142,6 +142,11 @@ def _compare_sets(found: Comparison) -> None:
     (a, b), config = found.sets, found.config
     if abs(a.mpp / b.mpp - 1) > 0.01:
         raise EngineError(f"both sets must have one µm/px; got {a.mpp:g} and {b.mpp:g}. Name one with --crop_mpp.")
+    if min(len(a), len(b)) < 2:
+        raise EngineError(
+            f"each set must give at least two crops, or it has no spread; got {len(a)} and {len(b)}. Add pictures, or "
+            "let crops overlap with a smaller --stride."
+        )
     found.figures = set_figures(a, b, config)
     found.warnings += [f"{figure.name}: {figure.note}" for figure in found.figures[:1] if "below" in figure.note]
     lossy = [any("jpeg" in codec for codec in one.codecs) for one in (a, b)]
@@ -184,6 +189,10 @@ def _judge_runs(found: Comparison, pictures: PictureSet, encoder: SSLEncoder, pr
         return
     progress.say(f"drawing {config.patches} single patches")
     base = found.baseline = draw_baseline(pictures.runs, config.patches, config.seed, config.device)
+    if len(base.patches) < config.patches:
+        found.warnings.append(
+            f"{config.patches} single patches were asked for; the runs have {len(base.patches)} cells."
+        )
     verdicts, said = detail_verdicts(*base.details(config.tissue_grey))
     found.patches = {"n": len(base.patches), "drawn": base.said, "mpp": base.mpp, "detail": said}
     found.verdicts += verdicts

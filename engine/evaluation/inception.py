@@ -8,6 +8,7 @@ leave padding out of the count, and the last block has a maximum.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from engine.model.ssl_encoder import digest_of, require_cells
 from engine.model.store import check_fit, read_safetensors
 
 INPUT_PX, WIDTH = 299, 2048
+Side = int | tuple[int, int]
+_ROW_7: dict[str, Any] = {"kernel": (1, 7), "padding": (0, 3)}
+_COLUMN_7: dict[str, Any] = {"kernel": (7, 1), "padding": (3, 0)}
+_ROW_3: dict[str, Any] = {"kernel": (1, 3), "padding": (0, 1)}
+_COLUMN_3: dict[str, Any] = {"kernel": (3, 1), "padding": (1, 0)}
 _CLASSES = 1008
 """Of the classifier in the file, which is read and not used."""
 
@@ -25,7 +31,7 @@ _CLASSES = 1008
 class _Convolution(nn.Module):
     """Convolution, normalisation, ReLU."""
 
-    def __init__(self, taken: int, made: int, kernel: int | tuple[int, int], stride: int = 1, padding=0) -> None:
+    def __init__(self, taken: int, made: int, kernel: Side, stride: int = 1, padding: Side = 0) -> None:
         super().__init__()
         self.conv = nn.Conv2d(taken, made, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(made, eps=0.001)
@@ -91,7 +97,7 @@ def _six_reduced() -> _Paths:
 
 def _six(width: int) -> _Paths:
     """Mixed_6b … 6e: 1×1, one and two 7×7 in rows and columns, mean."""
-    c, row, column = _Convolution, {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
+    c, row, column = _Convolution, _ROW_7, _COLUMN_7
     paths = {
         "branch1x1": c(768, 192, 1), "branch7x7_1": c(768, width, 1), "branch7x7_2": c(width, width, **row),
         "branch7x7_3": c(width, 192, **column), "branch7x7dbl_1": c(768, width, 1),
@@ -120,7 +126,7 @@ def _seven_reduced() -> _Paths:
 
 def _seven(taken: int, pool: str) -> _Paths:
     """Mixed_7b, 7c: 1×1, 3×3 and two 3×3, both forked in rows and columns, mean or maximum."""
-    c, row, column = _Convolution, {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
+    c, row, column = _Convolution, _ROW_3, _COLUMN_3
     paths = {
         "branch1x1": c(taken, 320, 1), "branch3x3_1": c(taken, 384, 1), "branch3x3_2a": c(384, 384, **row),
         "branch3x3_2b": c(384, 384, **column), "branch3x3dbl_1": c(taken, 448, 1),

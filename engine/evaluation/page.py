@@ -19,7 +19,7 @@ from engine.slide_report import table
 _STYLE = """body{font:14px/1.45 sans-serif;margin:2em auto;max-width:1160px;color:#222;background:#fff}
 table{border-collapse:collapse;margin:.6em 0}th{background:#eee}th,td{border:1px solid #ccc;padding:3px 8px;
 text-align:left}h1{font-size:22px}h2{font-size:17px;margin-top:1.6em}.soft{color:#666}p{margin:.4em 0}
-.row{white-space:nowrap;overflow-x:auto}.row img{width:256px;height:256px;margin:0 4px 4px 0}
+.row{display:flex;flex-wrap:wrap;gap:4px}.row img{width:256px;height:256px}
 .warn{background:#fff3cd;padding:6px}"""
 
 
@@ -77,7 +77,17 @@ def _figures(figures: Sequence[Figure]) -> str:
     for f in figures:
         span = "" if f.low is None else f"{number(f.low)} … {number(f.high)}"
         values = [number(v) for v in (f.at_floor_n, f.floor, f.ceiling)]
-        rows.append((f.name, number(f.value), span, *values, f.better, f"{f.n_a}, {f.n_b}; floor {f.floor_n}", f.note))
+        rows.append(
+            (
+                f.name,
+                number(f.value),
+                span,
+                *values,
+                f.better,
+                f"{f.n_a}, {f.n_b}" + (f"; floor {f.floor_n}" if f.floor_n else ""),
+                f.note,
+            )
+        )
     return "<h2>Two sets of crops</h2>" + table(head, rows)
 
 

@@ -101,7 +101,7 @@ def blur(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def holds_bags(path: Path) -> bool:
-    """Say whether a path is a bag, or a folder of bags and of nothing else."""
+    """Say whether a path is a bag, or a folder with bags in it."""
     return path.suffix == ".h5" if path.is_file() else path.is_dir() and any(path.glob("*.h5"))
 
 
