@@ -21,6 +21,7 @@ from engine.magnification import TILE_PX
 from engine.past import PastRun
 from engine.patches import PatchSampler
 from engine.run import load_model
+from engine.schedule import TRAIN_STEPS
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _of_run(past: PastRun, count: int, seed: int, device: str) -> Iterator[Basel
     total = min(count, rows * columns)
     model = load_model(config).to(choose_device(device if device != "auto" else config.model.device))
     sampling = config.sampling
-    steps = len(range(sampling.start, 0, -sampling.stride))
+    steps = len(range(TRAIN_STEPS, 0, -sampling.stride))  # a patch has no picture to begin from
     sampler = PatchSampler("ddim", steps, 1 + sampling.weight, seed)
     index = model.config.scale.index(model.config.scale.base)
     said = f"ddim, {steps} steps, w = {sampling.weight:g}, seed {seed}, {model.config.scale.base}, {config.model.dtype}"
