@@ -20,7 +20,6 @@ from engine.model.zoomldm import ZoomLDM
 from engine.progress import Progress
 from engine.redo import RedoJob, redo
 from engine.run import Crew, Job, run, work_alone
-from engine.storage import open_storage
 
 EngageOnRay = Callable[[ExitStack, ZoomLDM, RunConfig], AbstractContextManager[Crew]]
 """Puts a model to work on Ray's replicas; Ray is left with the stack."""
@@ -72,10 +71,10 @@ def plan_of(job: Job) -> str:
 
     Raises: EngineError.
     """
-    asked, store = job.config.model, job.config.canvas.store
+    asked = job.config.model
     unseen = asked.device == "cuda" and not torch.cuda.is_available()
     hardware = UNSEEN_GPU if unseen else hardware_of(choose_device(asked.device))
-    config = settle_run(job.config, None if store is None else open_storage(store), lambda: hardware)
+    config = settle_run(job.config, None, lambda: hardware)  # a plan asks a bucket nothing
     reason = explain_dtype(asked.dtype, config.model.dtype, hardware)
     if asked.dtype == AUTO and job.config.ray.enabled and job.config.ray.address not in (None, "local"):
         reason += "; the cluster's own nodes may differ"

@@ -33,16 +33,16 @@ def argv(inputs: list[str], s3_url: str) -> list[str]:  # noqa: F811
 
 @pytest.fixture
 def interrupted(argv: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a run that was interrupted after its second commit."""
+    """The folder of a run that was interrupted after its sixth commit, the first step of the finest level."""
     folder, save = tmp_path / "interrupted", ObjectStorage.save
 
-    def save_twice(storage: ObjectStorage, state: RunState) -> None:
+    def save_six_times(storage: ObjectStorage, state: RunState) -> None:
         save(storage, state)
-        if state.commits == 2:
+        if state.commits == 6:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(ObjectStorage, "save", save_twice)
+        patch.setattr(ObjectStorage, "save", save_six_times)
         assert generate_large.main([*argv, f"--output.folder={folder}"]) == 130
     return folder
 
@@ -115,7 +115,7 @@ def test_export_of_a_run_at_work_and_of_a_finished_one(
     command = [str(interrupted), "--format=png", "--region=0,0,256,256", "--device=cpu"]
     before = open_storage(s3_url).load()
     assert export.main(command) == 0
-    assert list((interrupted / "exports").glob("x0_joint_*.png"))
+    assert list((interrupted / "exports").glob("x0_20x_*.png"))
     assert open_storage(s3_url).load() == before
     assert generate_large.main([*argv, f"--output.folder={interrupted}"]) == 0
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the bucket may be gone by then
