@@ -19,6 +19,7 @@ SETTINGS = {
     "model.threads": "1",
     "canvas.height": "520",
     "canvas.width": "256",
+    "sampling.from_guide": "0",  # one pass, so that commits are counted easily
     "sampling.stride": "500",
     "sampling.weight": "0",
     "sampling.batch_size": "2",
