@@ -12,7 +12,7 @@ from engine.canvas_view import CanvasView
 
 LONG_RUN = "--sampling.stride=20"
 """Makes the same picture in 50 steps, for faults that need time to show."""
-LEFT_OUT = ("report.json", "config.yaml", "state.json", "run.lock", "canvas.zarr", "writers")
+LEFT_OUT = ("report.json", "config.yaml", "environment.json", "state.json", "run.lock", "canvas.zarr", "writers")
 """Times and places; the canvas is compared by its committed latents."""
 SETTINGS = {
     "model.device": "cpu",
@@ -80,4 +80,5 @@ class Scene:
     def assert_same(self, folder: Path) -> None:
         found = bytes_of_run(folder)
         assert found.keys() == self.expected.keys()
-        assert [name for name in found if found[name] != self.expected[name]] == []
+        differing = [name for name in found if found[name] != self.expected[name]]
+        assert not differing, f"other bytes than undisturbed: {differing}"
