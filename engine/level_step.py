@@ -118,11 +118,6 @@ class LevelStep:
         return self.pass_.steps[self.number]
 
     @property
-    def keeps_x0(self) -> bool:
-        """Whether the solver asks for the x0 of a step in the next one."""
-        return any(step.trend for step in self.pass_.steps)
-
-    @property
     def key(self) -> str:
         return f"{self.pass_.name}/t={self.step.t}/{self.level.name}"
 
@@ -146,7 +141,7 @@ class LevelStep:
         if kept:
             x0, self.after = (np.concatenate(parts, axis=1) for parts in zip(*kept, strict=True))
             self.shown = _decoding(s, level, x0, self.key) if self.steers else None
-            self.x0 = x0 if self.keeps_x0 else None
+            self.x0 = x0 if self.pass_.keeps_x0 else None
         self.guide = None
 
     def _update(
@@ -172,7 +167,7 @@ class LevelStep:
     def _write_band(self, top: int, y0: int, y1: int, rows: np.ndarray, guide: GuidePicture | None) -> None:
         """Update a band of the finest level in a thread: bands do not know each other."""
         x0, after = self._update(top, y0, y1, rows, guide)
-        if self.keeps_x0:
+        if self.pass_.keeps_x0:
             self.s.canvas.write(x0_name(self.level.name), y0, x0)
         self.s.canvas.write(self.level.name, y0, after)
 

@@ -142,6 +142,11 @@ class Pass:
         return self.weight if first >= t >= last else 0.0
 
     @property
+    def keeps_x0(self) -> bool:
+        """Whether the solver asks for the x0 of a step in the next one."""
+        return any(step.trend for step in self.steps)
+
+    @property
     def coarsest(self) -> int:
         """The number of the coarsest level it samples."""
         return next(number for number, tiling in enumerate(self.tilings) if tiling is not None)
@@ -175,7 +180,7 @@ class Plan:
         second order x0 of its last step."""
         sizes = {level.name: (level.height, level.width) for level in self.sampled}
         for pass_ in self.passes:
-            if any(step.trend for step in pass_.steps):
+            if pass_.keeps_x0:
                 done = [level for level, tiling in zip(self.levels, pass_.tilings, strict=True) if tiling is not None]
                 sizes |= {x0_name(level.name): (level.height, level.width) for level in done}
         return sizes
