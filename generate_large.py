@@ -12,21 +12,17 @@ packages engine and actors come installed. Exit codes: 0 done, 1 failed, 2 wrong
 import logging
 import sys
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 try:
-    from engine.arguments import parse, parse_with_flags, take
-    from engine.config import RunConfig
-    from engine.devices import Hardware
-    from engine.errors import EngineError
-    from engine.model.zoomldm import ZoomLDM
-    from engine.outcome import finish
-    from engine.past import PastRun
-    from engine.progress import Progress
-    from engine.ray_address import announce_address
-    from engine.redo import RedoConfig, prepare_redo, run_config
-    from engine.run import Crew, prepare
+    from engine._command import finish
+    from engine.core.cli import parse, parse_with_flags, take
+    from engine.core.errors import EngineError
+    from engine.core.progress import Progress
+    from engine.generation.finished_run import FinishedRun
+    from engine.generation.inpaint import InpaintConfig, config_files, prepare_inpaint
+    from engine.generation.run import prepare
+    from engine.sampling.config import RunConfig
 except ModuleNotFoundError as error:
     sys.exit(
         f"generate_large.py needs the packages of the project, installed in this Python ({sys.executable}); {error}.\n"
@@ -48,32 +44,16 @@ def main(argv: Sequence[str]) -> int:
     progress = Progress()
     if not any(word.partition("=")[0] == "--redo" for word in argv):
         config, flags = parse_with_flags(argv, RunConfig, PROG, DESCRIPTION, FLAGS)
-        return finish(PROG, lambda: prepare(config), on_ray, ask_ray, progress, plan_only="plan" in flags)
-    own, rest = take(argv, RedoConfig)
-    asked = parse(own, RedoConfig, PROG, DESCRIPTION, first="run")
+        return finish(PROG, lambda: prepare(config), progress, plan_only="plan" in flags)
+    own, rest = take(argv, InpaintConfig)
+    asked = parse(own, InpaintConfig, PROG, DESCRIPTION, first="run")
     try:
-        past = PastRun(Path(asked.run))
-        config = run_config(asked, past, rest, PROG)
+        finished = FinishedRun(Path(asked.run))
+        config = parse([*config_files(asked, finished), *rest], RunConfig, PROG, "")
     except EngineError as error:
         progress.say(f"{PROG}: {error}")
         return 1
-    return finish(PROG, lambda: prepare_redo(asked, past, config), on_ray, ask_ray, progress)
-
-
-def on_ray(connection: ExitStack, model: ZoomLDM, config: RunConfig) -> AbstractContextManager[Crew]:
-    """Compute on the replicas of a Ray cluster, or of a private Ray."""
-    announce_address(config.ray.address)
-    from actors.crew import work_on_ray  # Ray is imported only by runs that use it
-
-    return work_on_ray(connection, model, config)
-
-
-def ask_ray(config: RunConfig) -> Hardware:
-    """Find out what the replicas of a Ray cluster, or of a private Ray, compute on."""
-    announce_address(config.ray.address)
-    from actors.hardware import hardware_of_replicas
-
-    return hardware_of_replicas(config.ray, config.model.device)
+    return finish(PROG, lambda: prepare_inpaint(asked, finished, config), progress)
 
 
 if __name__ == "__main__":

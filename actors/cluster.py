@@ -7,22 +7,22 @@ Source: Ray 2.60, `ray.init`; its "auto" and its default patience are not used, 
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
 
 import psutil
 import ray
-from ray.exceptions import RayError, RaySystemError
+from ray.exceptions import RaySystemError
 
-from actors.environment import silence_of
-from engine.config import RayConfig
-from engine.errors import ClusterError
-from engine.interruption import sigterm_as_exit
+from actors.environment import announcement, silence_of
+from actors.private_ray import RayRefusals, end_processes, ray_descendants, start_private
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError
+from engine.core.exits import SIGTERM_EXIT, sigterm_as_exit
 
 ANSWER_S = 5.0
 """Patience for a head's first answer."""
@@ -31,12 +31,8 @@ ATTACH_TRIES = 5
 """Ray's tries, one second apart, to register with a head that answers."""
 RECONNECT_VARIABLE, RECONNECT_S = "RAY_gcs_rpc_server_reconnect_timeout_s", 60.0
 """After this long without the head, Ray's core ends the whole process, whatever it is doing."""
-RAYS_OWN = (RuntimeError, ValueError, ConnectionError, RayError)
-"""What Ray raises when it does not start or join, beside a bare Exception; see `_is_rays`."""
 STORE_BYTES = 1 << 30
 """Object store of a private Ray: weights live in it once; what does not fit goes to disk, slower but whole."""
-CURRENT_CLUSTER = Path("ray_current_cluster")
-"""File in Ray's temporary folder where `ray start` leaves the head's address."""
 log = logging.getLogger(__name__)
 
 
@@ -109,20 +105,30 @@ def connect(config: RayConfig, *, num_cpus: int | None = None, store_bytes: int 
         yield
         return
     address = _address(config)
-    before = set(_descendants())
+    before = set(ray_descendants())
     started: set[psutil.Process] = set()
     with sigterm_as_exit() as take_sigterm:
         try:
-            if address is None:
-                _start(num_cpus or len(os.sched_getaffinity(0)), store_bytes)
-            else:
-                _join(address)
-            take_sigterm()  # ray.init has put its own handler there, which exits without a shutdown
-            started |= set(_descendants()) - before
+            with _rays_exits_named():
+                if address is None:
+                    start_private(num_cpus or len(os.sched_getaffinity(0)), store_bytes)
+                else:
+                    _join(address)
+                take_sigterm()  # ray.init has put its own handler there, which exits without a shutdown
+            started |= set(ray_descendants()) - before
             yield
         finally:
             with _interrupts_held():
-                _leave(started | set(_descendants()) - before)
+                end_processes(started | set(ray_descendants()) - before)
+
+
+@contextmanager
+def _rays_exits_named() -> Iterator[None]:
+    """Turn the exit of Ray's own handler of SIGTERM, code 15 or 1, into the code that says SIGTERM."""
+    try:
+        yield
+    except SystemExit:
+        sys.exit(SIGTERM_EXIT)
 
 
 def joins_cluster(config: RayConfig) -> bool:
@@ -139,7 +145,7 @@ def _address(config: RayConfig) -> str | None:
         return None
     if address == "auto":
         # Ray's own "auto" would take any head that runs on this machine, also somebody's private one.
-        left = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray") / CURRENT_CLUSTER
+        left = announcement()
         if not left.exists():
             raise ClusterError(
                 "ray.address=auto needs a cluster started by `ray start` on this machine; found none "
@@ -152,38 +158,6 @@ def _address(config: RayConfig) -> str | None:
             "with `ray job submit` or `ray submit`."
         )
     return address
-
-
-def _start(num_cpus: int, store_bytes: int) -> None:
-    """Start a private Ray. Raises ClusterError with Ray's own words."""
-    with RayRefusals(f"A private Ray with {num_cpus} CPUs did not start", "Use ray.enabled=false to do without Ray."):
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            object_store_memory=store_bytes,
-            logging_level=logging.ERROR,
-            log_to_driver=False,
-        )
-
-
-class RayRefusals:
-    """Turns what Ray raises when it cannot start or join into ClusterError; everything else passes.
-
-    A node that does not register within 30 s, and a head without a node, are bare Exceptions (Ray 2.60,
-    `_private/node.py` and `_common/utils.py`). Nothing but the type itself tells them: a subclass that is not named
-    in RAYS_OWN, such as a KeyError, is a mistake, here or in Ray, and has to be seen as one.
-    """
-
-    def __init__(self, what: str, todo: str) -> None:
-        self._what, self._todo = what, todo
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is Exception or isinstance(error, RAYS_OWN):
-            raise ClusterError(f"{self._what}: {error} {self._todo}") from error
 
 
 def _join(address: str) -> None:
@@ -208,39 +182,6 @@ def _join(address: str) -> None:
             del os.environ[ATTACH_TRIES_VARIABLE]
 
 
-def _leave(ours: set[psutil.Process]) -> None:
-    """Disconnect, and see every process that was started here end."""
-    ray.shutdown()
-    _, alive = psutil.wait_procs(ours, timeout=5)
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for process in alive:
-            try:
-                end(process)
-            except psutil.NoSuchProcess:
-                continue
-        _, alive = psutil.wait_procs(alive, timeout=3)
-    if alive:
-        log.warning("Processes of the private Ray did not end: %s.", sorted(p.pid for p in alive))
-
-
-def _descendants() -> Iterator[psutil.Process]:
-    """Yield the Ray processes below this one; a Process knows its start time, so a reused pid is not mistaken for it.
-
-    Other children (data loaders, a user's shell) are told apart by the command line: Ray's own titles, its package
-    folder, or a parent that is Ray's.
-    """
-    package = os.path.dirname(ray.__file__)
-    rays: set[int] = set()
-    for process in psutil.Process().children(recursive=True):  # parents come before their children
-        try:
-            command, parent = process.cmdline(), process.ppid()
-        except psutil.NoSuchProcess:
-            continue
-        if parent in rays or any(word.startswith(("ray::", package)) for word in command):
-            rays.add(process.pid)
-            yield process
-
-
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Ignore Ctrl-C and SIGTERM inside: an impatient second one must not cut the clean-up short, which is bounded.
@@ -256,3 +197,25 @@ def _interrupts_held() -> Iterator[None]:
     finally:
         for name, handler in held.items():
             signal.signal(name, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def dask_on_ray() -> Iterator[None]:
+    """Compute every dask array inside the `with` on the Ray that this process is connected to: reductions over a
+    picture that one machine would be long at.
+
+    Handles are opened on the worker that computes, so files must lie where every node sees them. Seen to work with Ray
+    2.60 and dask 2026.8. `ray.util.dask.enable_dask_on_ray` is not used: it also sets a key of dask's that is
+    deprecated. Raises: ClusterError when it is connected to none; dask would start a private one unasked.
+    Source: Ray's "Dask on Ray", `ray_dask_get`.
+    """
+    import dask.config  # on use: half a second, and few ask for it
+    from ray.util.dask import ray_dask_get
+
+    if not ray.is_initialized():
+        raise ClusterError(
+            "dask arrays can be computed on Ray only by a process that is connected to it; this one is not. Put `with "
+            "actors.cluster.connect(RayConfig(address=...))` around, or leave dask_on_ray() out: dask uses threads."
+        )
+    with dask.config.set(scheduler=ray_dask_get):
+        yield

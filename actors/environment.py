@@ -16,6 +16,16 @@ SETTINGS_FRAME = 4
 """Type of the frame that every HTTP/2 server answers with; the fourth byte of a frame is its type."""
 
 
+def temporary_folder() -> Path:
+    """Return the folder below which Ray keeps its sessions and sockets."""
+    return Path(os.environ.get("RAY_TMPDIR", "/tmp"))
+
+
+def announcement() -> Path:
+    """Return the file in which `ray start` leaves the address of this machine's cluster; it need not be there."""
+    return temporary_folder() / "ray" / "ray_current_cluster"
+
+
 def prepare_environment() -> None:
     """Choose telemetry, niceness and authentication, unless the user has; call before Ray is imported.
 

@@ -1,28 +1,31 @@
 """DenoiserPool: DenoiseTiles over replicas that may die, hang, err, join and leave.
 
 Invariant: the answers are those of LocalDenoiser, in the same order, whatever happens to replicas; a batch is evaluated
-again whole, and a replica's answer is used once. It does not know canvases or plans. Ray's own restarts are off: a
-replay on the same actor would meet the same fault, and only the pool knows the deadline of a batch.
+again whole, and a replica's answer is used once. Several threads may each iterate runs of their own: what one of them
+hears is noted for all, and none holds the others up while it waits or cuts its batches. It does not know canvases or
+plans. Ray's own restarts are off: a replay on the same actor would meet the same fault, and only the pool knows the
+deadline of a batch.
 """
 
 import logging
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from threading import RLock, get_ident
 from typing import Any, Literal, Self
 
 import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from actors.batches import PoolStats, PoolWatch, Run, Work, begun, fault_of, first_line, nbytes, own_copy
 from actors.cluster import loss_named, node_resources
-from actors.denoiser import Answer, ReplicaInfo, pack_model
+from actors.denoiser_actor import Answer, ReplicaInfo, pack_model
 from actors.replica import LOST, Replica, choose_seat
-from actors.work import PoolStats, PoolWatch, Run, Work, begun, fault_of, first_line, nbytes, own_copy
-from engine.config import RayConfig
-from engine.errors import ClusterError, DeviceMemoryError, ReplicaLostError
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError, DeviceMemoryError, ReplicaLostError
 from engine.model.zoomldm import ZoomLDM
-from engine.predict import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
+from engine.sampling.denoiser import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
 
 GROW_CHECK_S = 5.0
 """Time between two looks at the cluster for new nodes."""
@@ -57,6 +60,8 @@ class DenoiserPool:
         self._replicas: list[Replica] = []
         self._runs: list[Run] = []
         """Those that are open, oldest first."""
+        self._lock = RLock()
+        """Held while anything below is looked at or changed; never while waiting, nor while a source makes a batch."""
         self._count = PoolStats()
         self._numbers = self._changed_by_hand = self._start_failures = 0
         self._none_ready_since: float | None = time.monotonic()
@@ -71,19 +76,22 @@ class DenoiserPool:
 
     def close(self) -> None:
         """End all replicas; what they owed is lost."""
-        while self._replicas:
-            self._replicas.pop().kill()
+        with self._lock:
+            while self._replicas:
+                self._replicas.pop().kill()
 
     @property
     def stats(self) -> PoolStats:
         """Return the counts so far."""
-        ready = sum(r.ready for r in self._replicas)
-        return replace(self._count, replicas=ready, replicas_starting=len(self._replicas) - ready)
+        with self._lock:
+            ready = sum(r.ready for r in self._replicas)
+            return replace(self._count, replicas=ready, replicas_starting=len(self._replicas) - ready)
 
     @property
     def replicas(self) -> list[ReplicaInfo]:
         """Return where the replicas that are ready run, oldest first."""
-        return [r.info for r in self._replicas if r.info is not None]
+        with self._lock:
+            return [r.info for r in self._replicas if r.info is not None]
 
     @property
     def wished(self) -> int:
@@ -93,17 +101,19 @@ class DenoiserPool:
 
     def add_replica(self) -> None:
         """Wish for one replica more; it takes batches as soon as it is ready."""
-        self._changed_by_hand += 1
-        self._grow()
+        with self._lock:
+            self._changed_by_hand += 1
+            self._grow()
 
     def remove_replica(self) -> None:
         """End one replica, the least busy; its batches go to the others. Raises ValueError for the last one."""
-        if self.wished == 1:
-            raise ValueError("A pool must keep 1 replica; got a call to remove the last one. Use close().")
-        self._changed_by_hand -= 1
-        if len(self._replicas) > self.wished:
-            leaving = min(self._replicas, key=lambda r: (r.ready, len(r.calls), -r.number))
-            self._discard(leaving)
+        with self._lock:
+            if self.wished == 1:
+                raise ValueError("A pool must keep 1 replica; got a call to remove the last one. Use close().")
+            self._changed_by_hand -= 1
+            if len(self._replicas) > self.wished:
+                leaving = min(self._replicas, key=lambda r: (r.ready, len(r.calls), -r.number))
+                self._discard(leaving)
 
     def wait_ready(self, count: int = 1) -> None:
         """Wait until `count` replicas are ready. Raises ClusterError after `start_timeout_s`."""
@@ -131,13 +141,19 @@ class DenoiserPool:
         return begun(self._answers(Run("encode", iter(batches))))
 
     def _answers(self, run: Run) -> Iterator[Any]:
-        """Yield None once, then a run's answers in order. Of several runs, each queues and advances those of all."""
-        self._runs.append(run)
+        """Yield None once, then a run's answers in order.
+
+        Of several runs of a thread, each queues batches of all; answers are noted for those of every thread.
+        """
+        with self._lock:
+            self._runs.append(run)
         try:
             yield None
             while True:
-                for other in reversed(self._runs):  # the newest first: it is what the others wait for
-                    self._dispatch(other)
+                with self._lock:
+                    own = [other for other in self._runs if other is run or other.owner == get_ident()]
+                # The newest first: it is what the others wait for.
+                crowded = any([self._dispatch(other) for other in reversed(own)])
                 run.check()
                 if (answer := run.next_answer()) is not None:
                     yield answer
@@ -145,23 +161,29 @@ class DenoiserPool:
                     return
                 else:
                     with loss_named():
-                        self._advance()
+                        self._advance(run, crowded)
         finally:
-            run.closed = True
-            self._runs.remove(run)
+            with self._lock:
+                run.closed = True
+                self._runs.remove(run)
 
-    def _dispatch(self, run: Run) -> None:
-        """Queue the run's batches while a replica has room."""
+    def _dispatch(self, run: Run) -> bool:
+        """Queue the run's batches while a replica has room; say whether it was room that ended it."""
         while True:
             window = 2 * self.config.in_flight * max(1, len(self.replicas))
-            if self._room(set()) is None or (work := run.next_work(window)) is None:
-                return
-            target = self._room(work.avoid)  # looked up again: the source may have used the pool meanwhile
-            if target is None:
-                run.again.appendleft(work)
-                return
-            self._count = replace(self._count, bytes_sent=self._count.bytes_sent + nbytes(work.batch))
-            target.call(run.method, work)
+            with self._lock:
+                room = self._room(set())
+            if room is None:
+                return True
+            if (work := run.next_work(window)) is None:
+                return False
+            with self._lock:
+                target = self._room(work.avoid)  # looked up again: the source, or a thread, may have used the pool
+                if target is None:
+                    run.again.appendleft(work)
+                    return False  # not any room will do: it is asked for again when something has happened
+                self._count = replace(self._count, bytes_sent=self._count.bytes_sent + nbytes(work.batch))
+                target.call(run.method, work)
 
     def _room(self, avoid: set[int]) -> Replica | None:
         """Return the least busy replica with room, of those not to avoid while there are any."""
@@ -170,20 +192,36 @@ class DenoiserPool:
         free = [r for r in live if len(r.calls) < self.config.in_flight]
         return min(free, key=lambda r: (len(r.calls), r.number), default=None)
 
-    def _advance(self) -> None:
-        """Wait for one thing to happen, at most a second, and settle everything that has."""
-        self._grow()
-        waiting = {ref: r for r in self._replicas if (ref := r.awaited) is not None}
-        refs, tick = list(waiting), min(1.0, self.config.batch_timeout_s / 4)
+    def _advance(self, run: Run | None = None, crowded: bool = False) -> None:
+        """Wait for one thing to happen, at most a second, and settle everything that has.
+
+        Not if another thread has noted an answer of `run` meanwhile, or has made room where it was `crowded`: what is
+        not noted when the lock is taken comes from a call that is waited for here, or behind one.
+        """
+        tick = min(1.0, self.config.batch_timeout_s / 4)
+        with self._lock:
+            if (run is not None and run.answered) or (crowded and self._room(set()) is not None):
+                return
+            self._grow()
+            waiting = {ref: r for r in self._replicas if (ref := r.awaited) is not None}
+        refs = list(waiting)
         if not refs:
             time.sleep(tick)
-        elif ray.wait(refs, num_returns=1, timeout=tick)[0]:
-            for ref in ray.wait(refs, num_returns=len(refs), timeout=0)[0]:
-                if waiting[ref].ready:
-                    self._settle_call(waiting[ref])
+            ready: list[ray.ObjectRef] = []
+        else:
+            ready = ray.wait(refs, num_returns=1, timeout=tick)[0]
+            if ready:
+                ready = ray.wait(refs, num_returns=len(refs), timeout=0)[0]
+        with self._lock:
+            for ref in ready:
+                at = waiting[ref]
+                if at not in self._replicas or at.awaited != ref:
+                    continue  # another thread has settled it
+                if at.ready:
+                    self._settle_call(at)
                 else:
-                    self._settle_start(waiting[ref])
-        self._expire()
+                    self._settle_start(at)
+            self._expire()
 
     def _settle_start(self, fresh: Replica) -> None:
         """Welcome a replica that has loaded, or count one that could not."""
@@ -221,7 +259,8 @@ class DenoiserPool:
                 # A device that erred is unusable for its whole process: the replica is as good as dead.
                 self._lose(at, work, f"device error ({first_line(cause)})")
                 return
-            raise (cause if isinstance(cause, Exception) else error) from error
+            self._fail(work, cause if isinstance(cause, Exception) else error, error)
+            return
         fault = fault_of(work.batch, answer.value)
         if fault is None:
             self._keep(work, answer)
@@ -288,9 +327,16 @@ class DenoiserPool:
         if work.run.closed:
             return
         if len(work.causes) >= self.config.max_attempts:
-            raise ReplicaLostError(work.epitaph())
+            self._fail(work, ReplicaLostError(work.epitaph()))
+            return
         self._count = replace(self._count, retries=self._count.retries + 1)
         work.run.again.appendleft(work)
+
+    def _fail(self, work: Work, error: Exception, cause: Exception | None = None) -> None:
+        """Raise what a batch ended with; in another thread than its run's, leave it for that one."""
+        if work.run.owner == get_ident():
+            raise error from cause
+        work.run.failure = error
 
     def _grow(self) -> None:
         """Start replicas up to the wished number; look at the cluster now and then for what joined."""

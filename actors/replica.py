@@ -18,11 +18,11 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from actors.batches import Work
 from actors.cluster import NodeResources, node_resources
-from actors.denoiser import DenoiserActor, ReplicaInfo
-from actors.work import Work
-from engine.config import RayConfig
-from engine.errors import ClusterError
+from actors.denoiser_actor import DenoiserActor, ReplicaInfo
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError
 
 LOST = (RayActorError, ObjectLostError, OutOfMemoryError, WorkerCrashedError, GetTimeoutError)
 """What Ray says when a replica or its answer is gone; which of them arrives depends on timing and must not matter."""

@@ -16,8 +16,8 @@ from ray.train import RunConfig, ScalingConfig, TrainingFailedError, WorkerGroup
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors.cluster import connect, node_resources
-from engine.config import RayConfig
-from engine.errors import ClusterError, EngineError, ReplicaLostError
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError, EngineError, ReplicaLostError
 from engine.training.gradients import Group, ProcessGroup
 from engine.training.tasks import PreparedConfig, learn
 

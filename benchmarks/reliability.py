@@ -1,7 +1,7 @@
-"""Write docs/reliability.md from what the fault suite recorded.
+"""Write docs/results/reliability.md from what the fault suite recorded.
 
     make faults
-    python -m benchmarks.reliability --record runs/faults.json --out docs/reliability.md
+    python -m benchmarks.reliability --record runs/faults.json --out docs/results/reliability.md
 
 It counts and prints; it tries nothing. The text around the table is here, the figures are the record's.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.arguments import parse
+from engine.core.cli import parse
 
 GROUPS = {
     "driver": "The driver",
@@ -29,7 +29,7 @@ What happens to a run when things go wrong, tried on a tiny real model (520 × 2
 refinement, all exports) through the command itself. After each fault the command is repeated, and what the run leaves
 (the committed latents, the picture with its pyramid, every export) is compared byte by byte with an undisturbed run.
 A fault counts as **lost** when the bytes differ, a run cannot be continued, or its message does not say what to do. All
-runs record the writer of every chunk (`output.record_writers`) and fail on a second one.
+runs record the writer of every chunk (`tests/support/chunk_writers.py`) and fail on a second one.
 
 `make faults` tries everything and writes this page; a short part belongs to `make test`.
 """
@@ -41,7 +41,7 @@ class ReliabilityConfig:
 
     record: str = "runs/faults.json"
     """JSON written by pytest's --faults-record."""
-    out: str = "docs/reliability.md"
+    out: str = "docs/results/reliability.md"
     """The page."""
 
 

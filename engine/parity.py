@@ -10,15 +10,17 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from engine.errors import CheckpointError, EngineError
+from engine.core.errors import CheckpointError
+from engine.core.exits import DONE, FAILED, exit_code, print_anywhere
 from engine.model.zoomldm import ZoomLDM
-from engine.replay import (
+from engine.parity_checks.activations import (
     Check,
     Expected,
     loosened,
@@ -28,8 +30,8 @@ from engine.replay import (
     replay_parts,
     replay_refine,
 )
-from engine.replay_joint import replay_joint
-from engine.replay_networks import replay_cdm, replay_encoder
+from engine.parity_checks.joint import replay_joint
+from engine.parity_checks.networks import replay_cdm, replay_encoder
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HALF_FACTOR = {"bfloat16": 2e3, "float16": 400}
@@ -92,18 +94,19 @@ def replay(folder: Path, dtype: str, device: str, expected: Expected) -> Iterato
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
+    print_anywhere()
     parser = argparse.ArgumentParser(prog="python -m engine.parity", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="checkpoint folder with expected*.safetensors beside the weights")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="arithmetic of the networks")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 …")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     arguments = parser.parse_args(argv)
-    try:
-        expected = read_expected(arguments.folder)
-        checks = list(replay(arguments.folder, arguments.dtype, arguments.device, expected))
-    except EngineError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    return exit_code("engine.parity", partial(_compare, arguments), lambda: "Nothing is kept; run the command again.")
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    expected = read_expected(arguments.folder)
+    checks = list(replay(arguments.folder, arguments.dtype, arguments.device, expected))
     covered = {check.name for check in checks}
     missing = sorted(name for name in expected if name not in covered and not is_input(name))
     if arguments.json:
@@ -112,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.write(json.dumps(report, indent=1) + "\n")
     else:
         sys.stdout.write(table(checks, missing))
-    return 0 if all(check.ok for check in checks) and checks else 1
+    return DONE if all(check.ok for check in checks) and checks else FAILED
 
 
 def table(checks: list[Check], missing: list[str]) -> str:

@@ -6,8 +6,7 @@
     python -m engine.train --config configs/train_demo.yaml
 
 `task` in the configuration says what is trained; --plan and --export are of the tasks on a prepared set, denoiser and
-autoencoder. The same command continues a run that was killed. This module may name `actors`, and only inside the
-function that is called when Ray is wanted.
+autoencoder. The same command continues a run that was killed.
 Exit codes: 0 done, 1 failed, 2 wrong usage, 130 or 143 interrupted.
 """
 
@@ -18,16 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from engine.arguments import parse, parse_with_flags, peek
-from engine.config import RayConfig
-from engine.environment import this_process
-from engine.errors import EngineError
-from engine.interruption import sigterm_as_exit
-from engine.lock import RunLock
-from engine.ray_address import announce_address
+from engine._backends.training import train_model
+from engine.core.cli import parse, parse_with_flags, peek
+from engine.core.errors import EngineError
+from engine.core.exits import DONE, exit_code
+from engine.core.files import RunLock
+from engine.core.runtime import this_process
 from engine.training.cost import training_table
 from engine.training.precision import settle_precision
-from engine.training.tasks import TASKS, PreparedConfig, learn
+from engine.training.tasks import TASKS, PreparedConfig
 
 log = logging.getLogger("engine.train")
 
@@ -54,34 +52,28 @@ def main(argv: Sequence[str]) -> int:
         return _plan(config)
     if "export" in flags:
         return _logged(config, lambda c: export(settle_precision(c, this_process(c.device))))
-    if not config.ray.enabled:
-        return _logged(config, lambda c: learn(settle_precision(c, this_process(c.device))))
-    return _logged(config, learn_on_ray)
+    return _logged(config, train_model)
 
 
 def _plan(config: PreparedConfig) -> int:
-    try:
-        config = settle_precision(config, this_process(config.device))
-        sys.stdout.write(training_table(config) + "\n")
-    except EngineError as error:
-        sys.stderr.write(f"engine.train: {error}\n")
-        return 1
-    return 0
+    def work() -> int:
+        sys.stdout.write(training_table(settle_precision(config, this_process(config.device))) + "\n")
+        return DONE
+
+    return exit_code("engine.train", work, lambda: "Nothing was written.")
 
 
 def _logged(config: Any, work: Callable[[Any], None]) -> int:
     """Do the work with a log on the terminal and in the run folder, which belongs to it; return the exit code."""
     folder = Path(config.run)
-    try:
-        with RunLock(folder, "run"), _log_in(folder), sigterm_as_exit():
+
+    def logged() -> int:
+        with RunLock(folder, "run"), _log_in(folder):
             work(config)
-    except EngineError as error:
-        sys.stderr.write(f"engine.train: {error}\n")
-        return 1
-    except (KeyboardInterrupt, SystemExit) as stop:  # actors.cluster turns SIGTERM into SystemExit too
-        sys.stderr.write(f"Interrupted. The last checkpoint is in {folder}; run the same command again to continue.\n")
-        return 130 if isinstance(stop, KeyboardInterrupt) else 143
-    return 0
+        return DONE
+
+    kept = f"The last checkpoint is in {folder}; run the same command again to continue."
+    return exit_code("engine.train", logged, lambda: kept)
 
 
 @contextmanager
@@ -101,16 +93,6 @@ def _log_in(folder: Path) -> Iterator[None]:
         for handler in handlers:
             logger.removeHandler(handler)
             handler.close()
-
-
-def learn_on_ray(config: PreparedConfig) -> None:
-    """Train on the workers of a Ray cluster, or of a private Ray."""
-    announce_address(config.ray.address)
-    from actors.hardware import hardware_of_replicas  # Ray is imported only by runs that use it
-    from actors.training import train_on_ray
-
-    asked = RayConfig(address=config.ray.address)
-    train_on_ray(settle_precision(config, lambda: hardware_of_replicas(asked, config.device)))
 
 
 if __name__ == "__main__":

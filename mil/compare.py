@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from engine.arguments import parse
-from engine.errors import EngineError
-from engine.state import write_atomically
-from mil import plots
-from mil.comparison import compare, comparison_plot, comparison_table, contenders, difference_plot
+from engine.core.cli import parse
+from engine.core.exits import DONE, exit_code
+from engine.core.files import write_atomically, write_json
+from mil.report import plots
+from mil.report.comparison import compare, comparison_plot, comparison_table, contenders, difference_plot
 
 PROG = "python -m mil.compare"
 
@@ -49,7 +49,7 @@ def write_comparison(config: CompareConfig) -> str:
     out = Path(config.out)
     table = comparison_table(result)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out.with_name(out.name + ".json"), (json.dumps(result.as_json(), indent=1) + "\n").encode())
+    write_json(out.with_name(out.name + ".json"), result.as_json())
     write_atomically(out.with_name(out.name + ".txt"), table.encode())
     write_atomically(out.with_name(out.name + ".png"), plots.png(comparison_plot(result)))
     write_atomically(out.with_name(out.name + "_differences.png"), plots.png(difference_plot(result)))
@@ -62,13 +62,12 @@ def main(argv: Sequence[str]) -> int:
     if runs:
         argv = [f"--runs={json.dumps(runs)}", *argv[len(runs) :]]
     config = parse(argv, CompareConfig, f"{PROG} RUN RUN ...", (__doc__ or "").splitlines()[0])
-    try:
-        table = write_comparison(config)
-    except EngineError as error:
-        sys.stderr.write(f"mil.compare: {error}\n")
-        return 1
-    sys.stdout.write(table)
-    return 0
+
+    def work() -> int:
+        sys.stdout.write(write_comparison(config))
+        return DONE
+
+    return exit_code("mil.compare", work, lambda: "Run the same command again.")
 
 
 if __name__ == "__main__":

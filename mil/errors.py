@@ -9,7 +9,7 @@ EngineError
     └── RunError         a run folder is not what a command needs
 """
 
-from engine.errors import EngineError
+from engine.core.errors import EngineError
 
 
 class StudyError(EngineError):

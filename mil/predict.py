@@ -3,8 +3,9 @@
     python -m mil.predict runs/mil/hrd --features features
     python -m mil.predict runs/mil/hrd/folds/repeat0_fold0 --features features --out predictions.csv
 
-Slides of the study itself are judged by folds that have seen them; their honest probabilities are in the folds'
-predictions.csv. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but for slides without tiles (they are listed).
+Of more than two classes the table has one probability per class. Slides of the study itself are judged by folds that
+have seen them; their honest probabilities are in the folds' predictions.csv. Exit codes: 0 done, 1 failed, 2 wrong
+usage, 3 done but for slides without tiles (they are listed).
 """
 
 import csv
@@ -18,13 +19,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from engine.arguments import parse
-from engine.errors import EngineError
-from engine.state import write_atomically
-from mil.cohort import check_scales
-from mil.dataset import BagCache, StoredBag
-from mil.featurefiles import find_features, joined_rows, open_features
-from mil.saved import SavedFold, load_models
+from engine.core.cli import parse
+from engine.core.exits import DONE, PARTLY, exit_code, say
+from engine.core.files import write_atomically
+from mil.data.feature_files import find_features
+from mil.fit.store import SavedFold, load_models
 
 PROG = "python -m mil.predict"
 NO_TILES = "no tiles"
@@ -63,26 +62,28 @@ def predict(config: PredictConfig) -> tuple[Path, int]:
 
 def judge_slide(folds: Sequence[SavedFold], path: Path) -> dict[str, object]:
     """Return one row: the mean probability of the folds, how far they disagree, and the call."""
-    facts = folds[0].facts
-    file = open_features(path)
-    check_scales(path, file.scales, facts.scales)
-    folds[0].check(file)
-    widths = tuple(file.shape(scale)[1] for scale in facts.scales)
-    count = len(joined_rows(file, facts.scales)[0])
-    file.close()
-    row: dict[str, object] = {"slide": path.stem, "probability": "", "fold_deviation": "", "threshold": "", "call": "",
-                              "instances": count, "note": NO_TILES}  # fmt: skip
+    classes = folds[0].facts.classes
+    bag, count = folds[0].bag(path)  # read once for all folds, then let go
+    binary = len(classes) == 2
+    columns = ["probability"] if binary else [f"probability_{name}" for name in classes]
+    columns += ["fold_deviation", *(["threshold"] if binary else []), "call"]
+    row: dict[str, object] = {"slide": path.stem, **dict.fromkeys(columns, ""), "instances": count, "note": NO_TILES}
     if not count:
         return row
-    bag = StoredBag(path, facts.scales, widths, BagCache(2**40))  # read once for all folds, then let go
-    found = np.array([fold.classifier.predict_proba([bag])[0, 1] for fold in folds])
-    threshold = float(np.mean([fold.classifier.threshold_ for fold in folds]))
+    found = np.array([fold.classifier.predict_proba([bag])[0] for fold in folds])
+    if not binary:
+        mean, spread = found.mean(axis=0), found.std(axis=0)
+        best = int(mean.argmax())
+        told = {f"probability_{name}": f"{p:.6f}" for name, p in zip(classes, mean, strict=True)}
+        return row | told | {"fold_deviation": f"{spread[best]:.6f}", "call": classes[best], "note": ""}
+    found = found[:, 1]
+    threshold = float(np.mean([t for fold in folds if (t := fold.classifier.threshold_) is not None]))
     probability = float(found.mean())
     return row | {
         "probability": f"{probability:.6f}",
         "fold_deviation": f"{found.std():.6f}",
         "threshold": f"{threshold:.6f}",
-        "call": facts.classes[int(probability >= threshold)],
+        "call": classes[int(probability >= threshold)],
         "note": "",
     }
 
@@ -90,16 +91,16 @@ def judge_slide(folds: Sequence[SavedFold], path: Path) -> dict[str, object]:
 def main(argv: Sequence[str]) -> int:
     """Run the command; return the exit code."""
     config = parse(argv, PredictConfig, PROG, (__doc__ or "").splitlines()[0], first="model")
-    try:
+
+    def work() -> int:
         path, empty = predict(config)
-    except EngineError as error:
-        sys.stderr.write(f"mil.predict: {error}\n")
-        return 1
-    sys.stdout.write(f"{path}\n")
-    if empty:
-        sys.stderr.write(f"mil.predict: {empty} slides have no tiles and no probability; the column note names them.\n")
-        return 3
-    return 0
+        sys.stdout.write(f"{path}\n")
+        if not empty:
+            return DONE
+        say(f"mil.predict: {empty} slides have no tiles and no probability; the column note names them.")
+        return PARTLY
+
+    return exit_code("mil.predict", work, lambda: "Nothing was written; run the same command again.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all tests share: pinned arithmetic, one private Ray and one S3-compatible server for the whole session."""
+"""What all tests share: checked shapes of arrays, pinned arithmetic, one private Ray and one S3-compatible server."""
 
 import ctypes
 import logging
@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.support.shapes import check_shapes
+
+check_shapes()  # before any test imports the rooms
 # Ray starts its workers with niceness 15: beside one busy job they would hardly get a core. Read when Ray starts.
 os.environ.setdefault("RAY_worker_niceness", "0")
 ON_RAY_S = 900
@@ -18,9 +21,12 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give tests on Ray their time; say to pytest-xdist what stays in one process: a module, and the shared Ray."""
     for item in items:
         if item.get_closest_marker("ray") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(ON_RAY_S))
+        shares_ray = "ray_cluster" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ray" if shares_ray else item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -55,7 +61,7 @@ def _hear_interrupts() -> None:
 def ray_cluster() -> Iterator[None]:
     """One private Ray with 2 CPUs; imported here, so that other tests run without Ray."""
     from actors.cluster import connect
-    from engine.config import RayConfig
+    from engine.core.config import RayConfig
 
     with connect(RayConfig(address="local"), num_cpus=2, store_bytes=200_000_000):
         yield

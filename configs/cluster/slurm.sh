@@ -5,7 +5,7 @@
 #   scancel JOBID                                          the same sbatch command continues the run
 # Needed on every node, at the same path: the project with its .venv (a shared file system). Edit the lines marked EDIT.
 # A lost node or the end of the time limit puts the job back into the queue, and it continues.
-# Tried with stand-ins for srun, scontrol and ray only, never under Slurm: docs/clusters.md.
+# Tried with stand-ins for srun, scontrol and ray only, never under Slurm: docs/how-to/run_on_a_cluster.md.
 #SBATCH --job-name=zoomldm
 #SBATCH --output=zoomldm-%j.log
 #SBATCH --open-mode=append

@@ -11,17 +11,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.arguments import parse
-from engine.config import RunConfig
-from engine.decode import to_uint8
-from engine.devices import choose_device
-from engine.errors import EngineError
-from engine.evaluation.detail import Detail, DetailSums
-from engine.magnification import TILE_PX
-from engine.past import PastRun
-from engine.patches import PatchSampler
-from engine.run import load_model
-from engine.schedule import TRAIN_STEPS
+from engine.conditions.patch_sampler import PatchSampler
+from engine.core.errors import EngineError
+from engine.core.runtime import choose_device
+from engine.core.units import TILE_PX
+from engine.generation.finished_run import FinishedRun
+from engine.generation.run import load_model, stored_config
+from engine.images.detail import Detail, DetailSums
+from engine.sampling.pixels import to_uint8
+from engine.sampling.schedule import TRAIN_STEPS
 
 
 @dataclass(frozen=True)
@@ -45,21 +43,13 @@ class Baseline:
         return sums[0].result(), sums[1].result()
 
 
-def stored_config(folder: Path) -> RunConfig:
-    """Return the config of a run. Raises EngineError if it is not there."""
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise EngineError(f"{path} must say how the run was made; it is not there. Run the same command again.")
-    return parse(["--config", str(path.resolve())], RunConfig, "python -m engine.quality", "")
-
-
 def draw_baseline(runs: list[Path], count: int, seed: int, device: str) -> Baseline:
     """Draw `count` patches, spread evenly over the cells of all runs, which must be of one µm/px.
 
     Raises: EngineError if the runs hold no whole cell; CheckpointError if the model cannot be had.
     """
     share = -(-count // len(runs))
-    parts = [part for folder in runs for part in _of_run(PastRun(folder), share, seed, device)]
+    parts = [part for folder in runs for part in _of_run(FinishedRun(folder), share, seed, device)]
     if not parts:
         raise EngineError("single patches need whole cells of 256x256 px; no run has one. Make larger canvases.")
     found = {part.mpp for part in parts}
@@ -71,9 +61,9 @@ def draw_baseline(runs: list[Path], count: int, seed: int, device: str) -> Basel
     return Baseline(patches, canvas, parts[0].mpp, "; ".join(dict.fromkeys(part.said for part in parts)))
 
 
-def _of_run(past: PastRun, count: int, seed: int, device: str) -> Iterator[Baseline]:
+def _of_run(finished: FinishedRun, count: int, seed: int, device: str) -> Iterator[Baseline]:
     """Yield the patches of one run, batch by batch."""
-    config, image, grid = stored_config(past.root.folder), past.picture(), past.grid
+    config, image, grid = stored_config(finished.root.folder), finished.picture(), finished.grid
     rows, columns = image.height // TILE_PX, image.width // TILE_PX
     total = min(count, rows * columns)
     model = load_model(config).to(choose_device(device if device != "auto" else config.model.device))
@@ -93,9 +83,9 @@ def _of_run(past: PastRun, count: int, seed: int, device: str) -> Iterator[Basel
         yield Baseline(drawn, np.stack(canvas), image.mpp_um, said)
 
 
-def condition_cells(past: PastRun, most: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+def condition_cells(finished: FinishedRun, most: int) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Return up to `most` conditions of a run (n, D) and the canvas under each, uint8 (n, 3, 256, 256)."""
-    image, grid = past.picture(), past.grid
+    image, grid = finished.picture(), finished.grid
     rows, columns = image.height // TILE_PX, image.width // TILE_PX
     total = min(most, rows * columns)
     places = [divmod(i * rows * columns // total, columns) for i in range(total)]

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from engine import __version__
-from engine.devices import choose_device, pin_arithmetic
-from engine.errors import EngineError
+from engine.core.errors import EngineError
+from engine.core.progress import Progress
+from engine.core.runtime import choose_device, pin_arithmetic
 from engine.evaluation.baseline import Baseline, draw_baseline
 from engine.evaluation.canvas import (
     DISTANCE_LIMIT,
@@ -24,13 +25,12 @@ from engine.evaluation.canvas import (
     judge_canvas,
 )
 from engine.evaluation.config import QualityConfig
-from engine.evaluation.detail import flags, ratios
-from engine.evaluation.distances import frechet_distance, kernel_distance
-from engine.evaluation.encoders import open_encoder
-from engine.evaluation.figures import Figure, kid_size, memory_figure, pair_figure, set_figures
-from engine.evaluation.references import pair_vectors, training_vectors
-from engine.evaluation.sets import PictureSet, Unusable, check_scale, open_pictures
-from engine.evaluation.vectors import (
+from engine.evaluation.measures.distances import frechet_distance, kernel_distance
+from engine.evaluation.measures.figures import Figure, kid_size, memory_figure, pair_figure, set_figures
+from engine.evaluation.samples.encoders import open_encoder
+from engine.evaluation.samples.references import pair_vectors, training_vectors
+from engine.evaluation.samples.sets import PictureSet, Unusable, check_scale, open_pictures
+from engine.evaluation.samples.vectors import (
     BLUR_PX,
     VectorSet,
     check_encoders,
@@ -39,8 +39,8 @@ from engine.evaluation.vectors import (
     holds_bags,
     read_bags,
 )
-from engine.model.ssl_encoder import SSLEncoder
-from engine.progress import Progress
+from engine.images.detail import flags, ratios
+from engine.model.encoders.base import SSLEncoder
 
 
 @dataclass

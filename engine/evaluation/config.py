@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from engine.evaluation.crops import CropRule
-from engine.evaluation.encoders import INCEPTION, NAMES
+from engine.evaluation.samples.crops import CropRule
+from engine.evaluation.samples.encoders import INCEPTION, NAMES
 
 
 @dataclass(frozen=True)

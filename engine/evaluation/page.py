@@ -13,8 +13,8 @@ import numpy as np
 import PIL.Image
 
 from engine.evaluation.compare import Comparison, shown_pairs
-from engine.evaluation.figures import Figure
-from engine.slide_report import table
+from engine.evaluation.measures.figures import Figure
+from engine.pipeline.report import table
 
 _STYLE = """body{font:14px/1.45 sans-serif;margin:2em auto;max-width:1160px;color:#222;background:#fff}
 table{border-collapse:collapse;margin:.6em 0}th{background:#eee}th,td{border:1px solid #ccc;padding:3px 8px;
@@ -128,9 +128,17 @@ def _canvases(found: Comparison) -> str:
         similarity = (
             c.note if c.similarity is None else f"{number(c.similarity.value)} (any: {number(c.similarity.floor)})"
         )
-        figures = (c.seam_score, c.consistency_psnr_db, c.detail.gradient, c.detail.dark_share)
+        figures = (c.seam_score, c.seam_control, c.consistency_psnr_db, c.detail.gradient, c.detail.dark_share)
         rows.append((c.run, *(number(v) for v in figures), similarity))
-    head = ("run", "seam score", "agreement, dB", "gradient", "dark share", "similarity to conditions")
+    head = (
+        "run",
+        "seam score",
+        "off the borders",
+        "agreement, dB",
+        "gradient",
+        "dark share",
+        "similarity to conditions",
+    )
     return "<h2>Canvases</h2>" + table(head, rows)
 
 

@@ -13,24 +13,23 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.decode import to_uint8
-from engine.devices import choose_device
-from engine.errors import EngineError
-from engine.evaluation.baseline import stored_config
+from engine.conditions.patch_sampler import PatchSampler
+from engine.core.errors import EngineError
+from engine.core.progress import Progress
+from engine.core.runtime import choose_device
+from engine.core.units import TILE_PX
+from engine.datasets.dataset import PreparedSet
 from engine.evaluation.compare import Comparison, compare
 from engine.evaluation.config import QualityConfig
-from engine.evaluation.crops import MOST_CROPS
-from engine.evaluation.encoders import CLIP, open_encoder
-from engine.evaluation.figures import set_figures
-from engine.evaluation.sets import open_pictures
-from engine.evaluation.vectors import VectorSet, blur, encode
-from engine.magnification import TILE_PX
-from engine.model.ssl_encoder import SSLEncoder
+from engine.evaluation.measures.figures import set_figures
+from engine.evaluation.samples.crops import MOST_CROPS
+from engine.evaluation.samples.encoders import CLIP, NAMES, open_encoder
+from engine.evaluation.samples.sets import open_pictures
+from engine.evaluation.samples.vectors import VectorSet, blur, encode
+from engine.generation.run import describe, stored_config
+from engine.model.encoders.base import SSLEncoder
 from engine.model.zoomldm import ZoomLDM
-from engine.patches import PatchSampler
-from engine.prepared import PreparedSet
-from engine.progress import Progress
-from engine.run import describe
+from engine.sampling.pixels import to_uint8
 
 STEPS, SCALE = 50, 2.0
 """Of ZoomLDM's patch sampler: DDIM steps, and s = 1 + w."""
@@ -147,16 +146,26 @@ def large_image_table(config: QualityConfig, progress: Progress) -> Comparison:
     far = compare(replace(looks, protocol=None, min_tissue=0.0), progress)
     clip = far.figures[0]
     found.table.append(Row("CLIP FID", clip.value, clip.n_a, clip.n_b, clip.floor, far.facts["crop_rule"]))
-    own = describe(stored_config(runs.runs[0]).model).encoder
-    alone = replace(config, b=None, encoder=own, inception=None, patches=0, protocol=None)
-    similar = [c.similarity for c in compare(alone, progress).canvases if c.similarity is not None]
-    values = [s.value for s in similar if s.value is not None]
-    cells = sum(s.n_a for s in similar)
-    mean = float(np.mean(values)) if values else None
-    floors = [s.floor for s in similar if s.floor is not None]
-    floor = float(np.mean(floors)) if floors else None
-    found.table.append(Row("embedding similarity", mean, cells, cells, floor, f"{own}, cells and their conditions"))
+    found.table.append(_similarity(config, runs.runs[0], progress))
     return found
+
+
+def _similarity(config: QualityConfig, run: Path, progress: Progress) -> Row:
+    """Compare cells of the runs with their conditions, in the encoder that the conditions are of."""
+    own = describe(stored_config(run).model).encoder
+    if own not in NAMES:
+        how = f"not measured: the conditions are vectors of the encoder {own!r}, which this project has no network of"
+        return Row("embedding similarity", None, 0, 0, None, how)
+    alone = replace(config, b=None, encoder=own, inception=None, patches=0, protocol=None)
+    canvases = compare(alone, progress).canvases
+    similar = [c.similarity for c in canvases if c.similarity is not None]
+    if not similar:
+        return Row("embedding similarity", None, 0, 0, None, f"not measured: {canvases[0].note}")
+    values = [s.value for s in similar if s.value is not None]
+    floors = [s.floor for s in similar if s.floor is not None]
+    cells = sum(s.n_a for s in similar)
+    mean, floor = (float(np.mean(found)) if found else None for found in (values, floors))
+    return Row("embedding similarity", mean, cells, cells, floor, f"{own}, cells and their conditions")
 
 
 PROTOCOLS = {"zoomldm": zoomldm_table, "large-image-diffusion": large_image_table}

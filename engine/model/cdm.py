@@ -1,10 +1,10 @@
 """The conditioning diffusion model (CDM): a 1-D diffusion transformer over the Summarizer's tokens.
 
-It predicts a clean summary from a noisy one, the time and the magnification; the steps are engine.summaries'. It does
-not know files, pictures or SSL vectors. Parameter names are those of the published checkpoints, so no table of names is
-needed. diffusers' DiTTransformer2DModel is another network (patches on two axes, a time embedding per block, split q, k
-and v), so the blocks are built from torch.nn; features of time and place are diffusers'.
-Source: ZoomLDM (CVPR 2025), CDM; Peebles & Xie 2023, DiT with adaLN-zero.
+It predicts a clean summary from a noisy one, the time and the magnification; the steps are engine.model.cdm_sampler'.
+It does not know files, pictures or SSL vectors. Parameter names are those of the published checkpoints, so no table of
+names is needed. diffusers' DiTTransformer2DModel is another network (patches on two axes, a time embedding per block,
+split q, k and v), so the blocks are built from torch.nn; features of time and place are diffusers'. Source: ZoomLDM
+(CVPR 2025), CDM; Peebles & Xie 2023, DiT with adaLN-zero.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.embeddings import get_1d_sincos_pos_embed_from_grid, get_timestep_embedding
 from einops import rearrange
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -144,9 +145,8 @@ class CDM(nn.Module):
     """Predict clean summaries `(B, T, C)` from noisy ones.
 
     `forward` returns (B, T, 2C): x0 of standardised summaries (`standard`), then the channels of a learned variance,
-    which the published layout has. Sampling does not read them and training here (engine.training.cdm) does not teach
-    them: with eta = 0 no variance is used.
-    The published code holds tokens last, (B, C, T).
+    which the published layout has. Sampling does not read them and training here (engine.training.cdm.train) does not
+    teach them: with eta = 0 no variance is used. The published code holds tokens last, (B, C, T).
     """
 
     pos_embed: Tensor
@@ -184,7 +184,7 @@ class CDM(nn.Module):
         for layer in (*modulations, self.final_layer.linear):
             nn.init.zeros_(layer.weight)  # pyright: ignore[reportArgumentType]
 
-    def forward(self, x: Tensor, t: Tensor, magnification: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, magnification: Tensor) -> Float[Tensor, "b tokens channels"]:
         """Return x0 and variance channels (B, T, 2C) of noisy summaries `(B, T, C)` at times 0…999 `(B,)`."""
         if x.shape[1:] != (self.config.tokens, self.config.channels):
             wanted = (self.config.tokens, self.config.channels)
@@ -195,13 +195,15 @@ class CDM(nn.Module):
             tokens = block(tokens, told)
         return self.final_layer(tokens, told)
 
-    def standard(self, summaries: Tensor, magnification: Tensor) -> Tensor:
+    def standard(
+        self, summaries: Float[Tensor, "b t c"], magnification: Integer[Tensor, " b"]
+    ) -> Float[Tensor, "b t c"]:
         """Return what the network sees of clean summaries (B, T, C), magnification indices (B,)."""
         if not self.config.standardised:
             return summaries
         return (summaries - self.mean[magnification]) / self.spread[magnification]
 
-    def restored(self, x0: Tensor, magnification: Tensor) -> Tensor:
+    def restored(self, x0: Float[Tensor, "b t c"], magnification: Integer[Tensor, " b"]) -> Float[Tensor, "b t c"]:
         """Return the summaries (B, T, C) whose `standard` form is x0."""
         return x0 * self.spread[magnification] + self.mean[magnification] if self.config.standardised else x0
 

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from engine.magnification import BRCA_SCALE, MagnificationScale
+from engine.core.units import BRCA_SCALE, MagnificationScale
 
 CONDITIONER_KINDS = ("summarizer", "token")
 PREDICTION_TYPES = ("epsilon", "v_prediction")

@@ -8,6 +8,7 @@ Source: ZoomLDM (CVPR 2025), Summarizer; Large-Image-Diffusion (CVPR 2024), one-
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,7 +20,7 @@ CELL_TOKENS = GRID_SIDE * GRID_SIDE
 _NORM_EPS = 1e-6
 
 
-def standardise(grid: Tensor) -> Tensor:
+def standardise(grid: Float[Tensor, "d h w"]) -> Float[Tensor, "d h w"]:
     """Standardise each cell of `(D, h, w)` over its channels: (e − mean)/std, the std with n − 1.
 
     Source: n − 1 meets `refine.window_context` of the reference activations to 2e-7; n misses it by 9e-4.
@@ -88,7 +89,7 @@ class Summarizer(nn.Module):
         wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
         return standardise(functional.adaptive_avg_pool2d(wide, side))
 
-    def forward(self, cells: Sequence[Tensor], magnifications: Sequence[int]) -> Tensor:
+    def forward(self, cells: Sequence[Tensor], magnifications: Sequence[int]) -> Float[Tensor, "b t c"]:
         """Summarise prepared grids `(D, ≤8, ≤8)` with their magnification indices: `(B, 65, C)`."""
         _check_magnifications(cells, magnifications, self.mag_embedding.num_embeddings)
         placed = torch.stack([self._place(grid) for grid in cells])
@@ -105,7 +106,7 @@ class Summarizer(nn.Module):
         start, pad = CELL_TOKENS // 2 - count // 2, self.pad_token[0]
         return torch.cat([pad.expand(start, -1), tokens, pad.expand(CELL_TOKENS - start - count, -1)])
 
-    def null(self, batch: int) -> Tensor:
+    def null(self, batch: int) -> Float[Tensor, "{batch} t c"]:
         """Return the null condition `(B, 65, C)`: zeros, because training dropped whole summaries."""
         return self.pad_token.new_zeros(batch, CELL_TOKENS + 1, self.output_dim)
 
@@ -132,12 +133,12 @@ class TokenConditioner(nn.Module):
         wide = grid.to(torch.promote_types(grid.dtype, torch.float32))
         return functional.pad(wide, (0, 0, 0, 0, 0, full - grid.shape[0]))
 
-    def forward(self, cells: Sequence[Tensor], magnifications: Sequence[int]) -> Tensor:
+    def forward(self, cells: Sequence[Tensor], magnifications: Sequence[int]) -> Float[Tensor, "b t c"]:
         """Embed prepared vectors `(D, 1, 1)`: `(B, 1, C)`, or `(B, 2, C)` with a region."""
         _check_magnifications(cells, magnifications, 1)
         return self._embed(torch.stack([cell[:, 0, 0] for cell in cells]))
 
-    def null(self, batch: int) -> Tensor:
+    def null(self, batch: int) -> Float[Tensor, "{batch} t c"]:
         """Return the null condition `(B, 1 or 2, C)`: the answer to zeros, i.e. the biases."""
         return self._embed(self.patch_fc.weight.new_zeros(batch, self.ssl_dim + self.region_dim))
 

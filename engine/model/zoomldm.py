@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from engine.model import checkpoint, hub, store
-from engine.model.activations import block_means, check_blocks
 from engine.model.config import ConditionerConfig, ModelConfig, tiny_config
+from engine.model.encoders.base import digest_of
 from engine.model.networks import Networks, build_networks
-from engine.model.ssl_encoder import digest_of
+from engine.model.unet_features import block_means, check_blocks
+from engine.model.weights import folder as model_folder
+from engine.model.weights import hub, ldm_import
 
 __all__ = ["ConditionerConfig", "ModelConfig", "ZoomLDM", "digest", "tiny_config"]
 
@@ -26,6 +28,11 @@ class ZoomLDM(nn.Module):
 
     `alphas_cumprod` and `betas` are float64 (1000,) on the CPU whatever the networks' dtype: a schedule rounded to
     bfloat16 has equal neighbours. `extras` holds named tensors that travel with the folder, e.g. "guidance/linear".
+
+    >>> import engine
+    >>> model = engine.ZoomLDM.from_pretrained("demo")
+    >>> model.config.magnifications, model.alphas_cumprod.shape
+    (('20x', '10x', '5x', '2.5x', '1.25x'), torch.Size([1000]))
     """
 
     def __init__(self, config: ModelConfig, networks: Networks | None = None) -> None:
@@ -46,19 +53,19 @@ class ZoomLDM(nn.Module):
         variant: str | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        weights: checkpoint.WeightsChoice = "ema",
+        weights: ldm_import.WeightsChoice = "ema",
     ) -> Self:
         """Load a model: "demo", a folder in the published or our layout, or a Hub id; `variant` is a folder in it.
 
         `weights` chooses between averaged and raw U-Net weights where a published file has both.
         Raises: CheckpointError saying what is missing or wrong and what to do.
         """
-        read = checkpoint.read(hub.locate(source, variant), weights)
+        read = ldm_import.read(hub.locate(source, variant), weights)
         # Built without memory, then given the tensors: no random initialisation, no second copy on the device.
         model = cls(read.config, build_networks(read.config, "meta"))
         for part, network in model.networks.named().items():
             state = read.networks[part]
-            wide = {name: torch.float32 if name == store.CODEBOOK else dtype for name in state}
+            wide = {name: torch.float32 if name == model_folder.CODEBOOK else dtype for name in state}
             placed = {name: tensor.to(device, wide[name], copy=True) for name, tensor in state.items()}
             network.load_state_dict(placed, assign=True)
         model.extras = read.extras
@@ -69,12 +76,12 @@ class ZoomLDM(nn.Module):
 
         `dtype` casts what is stored (the codebook stays float32); None stores the weights as they are.
         """
-        store.write_folder(Path(folder), self.as_weights(), dtype)
+        model_folder.write_folder(Path(folder), self.as_weights(), dtype)
 
-    def as_weights(self) -> store.Weights:
+    def as_weights(self) -> model_folder.Weights:
         """Return config, state dicts and extras, sharing memory with the model."""
         states = {part: dict(network.state_dict()) for part, network in self.networks.named().items()}
-        return store.Weights(self.config, states, self.extras)
+        return model_folder.Weights(self.config, states, self.extras)
 
     @property
     def networks(self) -> Networks:
@@ -109,20 +116,20 @@ class ZoomLDM(nn.Module):
         self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c h//4 w//4"]:
         """Encode `(B, 3, 256, 256)` in [−1, 1] to latents `(B, 3, 64, 64)`, before the codebook."""
         network = self.vae.encoder.conv_in.weight
         latents = self.vae.encode(images.to(network.device, network.dtype), return_dict=False)[0]
         return latents.to(images.dtype) * self.config.scale_factor
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 4*h 4*w"]:
         """Decode latents `(B, 3, 64, 64)` through the codebook to `(B, 3, 256, 256)` in about [−1, 1], unclamped."""
         network = self.vae.decoder.conv_in.weight
         codes = quantise(latents / self.config.scale_factor, self.vae.quantize.embedding.weight)
         images = self.vae.decode(codes.to(network.device, network.dtype), force_not_quantize=True, return_dict=False)[0]
         return images.to(latents.dtype)
 
-    def summarize(self, grids: Sequence[Tensor], magnifications: Sequence[int]) -> Tensor:
+    def summarize(self, grids: Sequence[Tensor], magnifications: Sequence[int]) -> Float[Tensor, "b t c"]:
         """Turn raw SSL grids `(D, h, w)` of any sizes and magnification indices into context `(B, T, C)`.
 
         Pools and standardises first; `conditioner` itself takes what `conditioner.prepare` returns.
@@ -131,11 +138,13 @@ class ZoomLDM(nn.Module):
         cells = [self.conditioner.prepare(grid.to(self.device, wide)) for grid in grids]
         return self.conditioner(cells, magnifications)
 
-    def null_context(self, batch: int) -> Tensor:
+    def null_context(self, batch: int) -> Float[Tensor, "{batch} t c"]:
         """Return the context `(B, T, C)` of "no condition"."""
         return self.conditioner.null(batch)
 
-    def predict_eps(self, x_t: Tensor, t: int | Tensor, context: Tensor, w: float) -> Tensor:
+    def predict_eps(
+        self, x_t: Float[Tensor, "b c h w"], t: int | Tensor, context: Float[Tensor, "b t d"], w: float
+    ) -> Float[Tensor, "b c h w"]:
         """Predict the noise in `x_t` (B, 3, h, w): (1 + w)·eps(context) − w·eps(null).
 
         `t` is the network's time argument, one for all or `(B,)`. With w = 0 the null context is not evaluated;
@@ -152,7 +161,9 @@ class ZoomLDM(nn.Module):
         cond, uncond = both.to(x_t).chunk(2)
         return self._as_eps((1 + w) * cond - w * uncond, x_t, time)
 
-    def features(self, x_t: Tensor, t: int | Tensor, context: Tensor, blocks: Sequence[str]) -> Tensor:
+    def features(
+        self, x_t: Float[Tensor, "b c h w"], t: int | Tensor, context: Float[Tensor, "b t d"], blocks: Sequence[str]
+    ) -> Float32[Tensor, "b width"]:
         """Return the spatial means of U-Net activations at `x_t` (B, 3, h, w): float32 (B, ΣC), blocks side by side.
 
         `blocks` are names of `activations.block_widths`; what comes after the last of them is not computed.
@@ -172,7 +183,9 @@ class ZoomLDM(nn.Module):
         alpha_bar = self.alphas_cumprod[index].to(x_t)[:, None, None, None]
         return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * x_t
 
-    def x0_from_eps(self, x_t: Tensor, eps: Tensor, alpha_bar: float) -> Tensor:
+    def x0_from_eps(
+        self, x_t: Float[Tensor, "b c h w"], eps: Float[Tensor, "b c h w"], alpha_bar: float
+    ) -> Float[Tensor, "b c h w"]:
         """Return the clean latents that `x_t` and `eps` imply: (x_t − √(1 − ᾱ)·eps)/√ᾱ; not clipped."""
         return (x_t - (1 - alpha_bar) ** 0.5 * eps) / alpha_bar**0.5
 
@@ -182,8 +195,8 @@ class ZoomLDM(nn.Module):
 
 def digest(model: ZoomLDM | str | Path) -> str:
     """Return the SHA-256 of a model's config and weights; equal for a folder and the float32 model loaded from it."""
-    weights = model.as_weights() if isinstance(model, ZoomLDM) else checkpoint.read(hub.locate(model))
-    return store.digest(weights)
+    weights = model.as_weights() if isinstance(model, ZoomLDM) else ldm_import.read(hub.locate(model))
+    return model_folder.digest(weights)
 
 
 def autoencoder_digest(model: ZoomLDM) -> str:
@@ -194,7 +207,7 @@ def autoencoder_digest(model: ZoomLDM) -> str:
     return digest_of(model.vae.state_dict())
 
 
-def quantise(latents: Tensor, codebook: Tensor) -> Tensor:
+def quantise(latents: Float[Tensor, "b k h w"], codebook: Float[Tensor, "n k"]) -> Float[Tensor, "b k h w"]:
     """Replace each latent pixel of `(B, K, h, w)` by its nearest code of `(N, K)`; gradients pass straight through.
 
     Returns float32, or float64 for float64 latents. Distances are summed from differences, channel by channel, rather

@@ -3,21 +3,22 @@
 Invariant: a value is taken from a named source or the slide is refused; nothing is rounded to a magnification and
 nothing is guessed in silence. It opens no slide: backends hand in what the file claims.
 
-Order: overrides table > the vendor's own property > OME-XML or OME-NGFF > pixel scale of a projected GeoTIFF > TIFF
-resolution > the value given for slides that state none (`mpp`) > objective power, marked as estimated > refusal. A
-claim outside 0.05 … 10 µm/px (GeoTIFF: 1 mm … 10 km) is passed over and named: 72 and 96 dpi, written by programs
-that know no scale, would be 353 and 265 µm/px.
+Order: overrides table > the vendor's own property > OME-XML or OME-NGFF > ImageJ's unit > pixel scale of a projected
+GeoTIFF > TIFF resolution > the value given for slides that state none (`mpp`) > objective power, marked as estimated >
+refusal. A claim outside 0.05 … 10 µm/px (GeoTIFF: 1 mm … 10 km) is passed over and named: 72 and 96 dpi, written by
+programs that know no scale, would be 353 and 265 µm/px.
 """
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from engine.errors import EngineError, SlideError
+from engine.core.errors import EngineError, SlideError
+from engine.slides.units import ground_unit, microns, microns_per, number, per_px, tiff_unit
 
 FINEST_MPP, COARSEST_MPP = 0.05, 10.0
 """µm/px of any scanner, with room on both sides."""
@@ -25,24 +26,6 @@ FINEST_GROUND, COARSEST_GROUND = 1e3, 1e10
 """µm/px of any picture from above: 1 mm (drones) … 10 km (weather satellites)."""
 ESTIMATE_AT_1X = 10.0
 """µm/px at objective power 1: 40x is about 0.25, 20x about 0.5."""
-_MICRONS = {
-    "": 1.0,
-    "m": 1e6, "meter": 1e6, "metre": 1e6,
-    "dm": 1e5, "decimeter": 1e5,
-    "cm": 1e4, "centimeter": 1e4, "centimetre": 1e4,
-    "mm": 1e3, "millimeter": 1e3, "millimetre": 1e3,
-    "um": 1.0, "µm": 1.0, "μm": 1.0, "micron": 1.0, "micrometer": 1.0, "micrometre": 1.0,
-    "nm": 1e-3, "nanometer": 1e-3, "nanometre": 1e-3,
-    "pm": 1e-6, "picometer": 1e-6,
-    "Å": 1e-4, "angstrom": 1e-4,
-    "in": 25400.0, "inch": 25400.0,
-}  # fmt: skip
-"""Length units of OME-XML and OME-NGFF in µm; no unit means µm (OME schema 2016-06)."""
-_GEO_MICRONS = {9001: 1e6, 9002: 0.3048e6, 9003: 1200 / 3937 * 1e6}
-"""ProjLinearUnitsGeoKey → µm: metre, foot, US survey foot (GeoTIFF 1.1, EPSG)."""
-_PROJECTED = 1
-_WEB_MERCATOR = 3857
-"""Its metres are those of the equator: at 60° they are half a metre on the ground."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +51,8 @@ class Claims:
     mpp: tuple[Claim, ...] = ()
     objective: float | None = None
     """Power of the objective; may be fractional."""
+    passed: tuple[str, ...] = ()
+    """What the file says besides, and why that is no claim."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +98,9 @@ def resolve(name: str, file_name: str, claims: Claims, overrides: Overrides, mpp
             for c in claims.mpp
         )
         raise SlideError("absurd_mpp", f"{name}: µm/px must be credible on both axes; {found}. {remedy}")
-    raise SlideError("no_mpp", f"{name}: µm/px must be known; the file states none. {remedy}")
+    raise SlideError(
+        "no_mpp", f"{name}: µm/px must be known; {'; '.join(('the file states none', *claims.passed))}. {remedy}"
+    )
 
 
 def check_mpp(value: float, what: str) -> float:
@@ -140,8 +127,8 @@ def read_overrides(path: Path) -> dict[str, tuple[float, float]]:
             f"{path} must have the columns slide,mpp or slide,mpp_x,mpp_y and at least one row; got {columns}."
         )
     found: dict[str, tuple[float, float]] = {}
-    for number, row in enumerate(rows, 2):
-        where = f"{path}, line {number}"
+    for line, row in enumerate(rows, 2):
+        where = f"{path}, line {line}"
         slide, x, y = (row.get(key) or "" for key in ("slide", "mpp_x", "mpp_y"))
         x, y = x or row.get("mpp") or "", y or row.get("mpp") or ""
         if not slide or slide in found:
@@ -153,51 +140,58 @@ def read_overrides(path: Path) -> dict[str, tuple[float, float]]:
     return found
 
 
-def microns(value: float, unit: str) -> float | None:
-    """Return a length in µm, or None for a unit that is no length (as OME's "pixel")."""
-    factor = _MICRONS.get(unit, _MICRONS.get(unit.lower()))
-    return None if factor is None else value * factor
+def ome_xml_claims(text: str, image: ElementTree.Element | None = None) -> Claims:
+    """Read physical pixel size and objective of one Image of OME-XML (schema 2016-06), the first unless it is given.
 
-
-def ome_xml_claims(text: str) -> Claims:
-    """Read physical pixel size and objective from OME-XML (schema 2016-06); what is not there is not claimed."""
+    What is not there is not claimed: a size without a unit is in µm, one in "pixel" or with a blank unit is no length.
+    """
     try:
         root = ElementTree.fromstring(text)
     except ElementTree.ParseError:
         return Claims()
-    pixels = next((node for node in root.iter() if node.tag.rpartition("}")[2] == "Pixels"), None)
-    objective = next((node for node in root.iter() if node.tag.rpartition("}")[2] == "Objective"), None)
+    if image is None:
+        image = next(_named(root, "Image"), root)
+    pixels = next(_named(image, "Pixels"), None)
     claims: Sequence[Claim] = ()
     if pixels is not None:
         sizes = [_ome_size(pixels.attrib, axis) for axis in "XY"]
         if sizes[0] is not None and sizes[1] is not None:
             claims = (Claim("OME-XML PhysicalSize", sizes[0], sizes[1]),)
-    power = parse_number(objective.attrib.get("NominalMagnification")) if objective is not None else None
-    return Claims(tuple(claims), power)
+    return Claims(tuple(claims), _ome_objective(root, image))
+
+
+def _named(root: ElementTree.Element, tag: str) -> Iterator[ElementTree.Element]:
+    """Yield the elements of a name, whatever version of the schema they belong to."""
+    return (node for node in root.iter() if node.tag.rpartition("}")[2] == tag)
+
+
+def _ome_objective(root: ElementTree.Element, image: ElementTree.Element) -> float | None:
+    """Return the power of the objective that an image names, or of the only one there is."""
+    objectives = list(_named(root, "Objective"))
+    settings = next(_named(image, "ObjectiveSettings"), None)
+    if settings is not None:
+        objectives = [node for node in objectives if node.attrib.get("ID") == settings.attrib.get("ID")]
+    return number(objectives[0].attrib.get("NominalMagnification")) if len(objectives) == 1 else None
 
 
 def _ome_size(attributes: Mapping[str, str], axis: str) -> float | None:
-    size = parse_number(attributes.get(f"PhysicalSize{axis}"))
-    return None if size is None else microns(size, attributes.get(f"PhysicalSize{axis}Unit", ""))
+    size = number(attributes.get(f"PhysicalSize{axis}"))
+    return None if size is None else microns(size, attributes.get(f"PhysicalSize{axis}Unit", "µm"))
 
 
-def parse_number(text: str | None) -> float | None:
-    """Return a positive finite number written in a file's metadata, or None: "0", "nan" and "n/a" claim nothing."""
-    try:
-        value = float((text or "").replace(",", "."))
-    except ValueError:
+def tiff_claim(x: object, y: object, unit: object) -> Claim | None:
+    """Read TIFF's XResolution, YResolution and ResolutionUnit, as they are stored; None if they are no length."""
+    found = per_px((x, y), tiff_unit(unit))
+    return None if found is None else Claim("TIFF resolution", *found)
+
+
+def imagej_claim(x: object, y: object, metadata: Mapping[str, Any] | None) -> Claim | None:
+    """Read ImageJ's scale: px per unit in TIFF's tags, the unit in ImageJ's own text; None if that names no length."""
+    if not metadata:
         return None
-    return value if math.isfinite(value) and value > 0 else None
-
-
-def tiff_claim(x: tuple[int, int] | None, y: tuple[int, int] | None, unit: int) -> Claim | None:
-    """Read TIFF XResolution and YResolution (px per unit, as fractions); unit 2 is inch, 3 is cm, 1 is no unit."""
-    microns_per_unit = {2: 25400.0, 3: 10000.0}.get(unit)
-    if microns_per_unit is None or not x or not y or min(*x, *y) <= 0:
-        return None
-    if x == y == (1, 1):  # what writers put in when they are told nothing
-        return None
-    return Claim("TIFF resolution", microns_per_unit * x[1] / x[0], microns_per_unit * y[1] / y[0])
+    across, down = metadata.get("unit"), metadata.get("yunit", metadata.get("unit"))
+    found = per_px((x, y), microns_per(across)), per_px((x, y), microns_per(down))
+    return None if found[0] is None or found[1] is None else Claim("ImageJ unit", found[0][0], found[1][1])
 
 
 def geotiff_claim(tags: Mapping[str, Any] | None) -> Claim | None:
@@ -205,9 +199,9 @@ def geotiff_claim(tags: Mapping[str, Any] | None) -> Claim | None:
 
     Degrees of a geographic system are no length, those of Web Mercator are not lengths on the ground.
     """
-    if not tags or tags.get("GTModelTypeGeoKey") != _PROJECTED or tags.get("ProjectedCSTypeGeoKey") == _WEB_MERCATOR:
+    unit = ground_unit(tags) if tags else None
+    scale = tags.get("ModelPixelScale", ()) if tags else ()
+    x, y = (number(v) for v in scale[:2]) if isinstance(scale, Sequence) and len(scale) >= 2 else (None, None)
+    if unit is None or x is None or y is None:
         return None
-    unit, scale = _GEO_MICRONS.get(tags.get("ProjLinearUnitsGeoKey", 0)), tags.get("ModelPixelScale", ())
-    if unit is None or len(scale) < 2 or not all(math.isfinite(v) and v > 0 for v in scale[:2]):
-        return None
-    return Claim("GeoTIFF pixel scale", scale[0] * unit, scale[1] * unit, (FINEST_GROUND, COARSEST_GROUND))
+    return Claim("GeoTIFF pixel scale", x * unit, y * unit, (FINEST_GROUND, COARSEST_GROUND))

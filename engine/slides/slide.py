@@ -8,25 +8,35 @@ Threads may read one slide at once. A slide cannot be pickled: send its path and
 (`OpenSlides` keeps the last few open).
 """
 
+import logging
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from engine.errors import EngineError, SlideError
-from engine.slides.backends import picture, tiff, vendor
-from engine.slides.backends.arrays import open_ngff
-from engine.slides.backends.levels import Levels, Window, level_scale
-from engine.slides.resolution import Overrides, Resolution, resolve
+from engine.core.errors import BagError, EngineError, SlideError
+from engine.core.lazy import CHUNK_PX, file_stamp, opened
+from engine.slides.backends import openslide, raster, tiff
+from engine.slides.backends.base import GREY, Levels, Window, level_scale
+from engine.slides.backends.memory import MemoryLevels
+from engine.slides.backends.zarr import open_ngff
+from engine.slides.folders import look_through
+from engine.slides.lazy import Damaged, LazySlide
+from engine.slides.resolution import Overrides, Resolution, check_mpp, resolve
 
+if TYPE_CHECKING:
+    import dask.array as da
+
+log = logging.getLogger(__name__)
 LEVEL_SLACK = 1.01
 """A level that is coarser than asked for by less than this is fine enough: 4.0002x levels, 0.5018 µm/px for 0.5."""
 WHOLE_DRIFT_PX = 0.05
@@ -42,6 +52,8 @@ SLIDE_SUFFIXES = (
     *PICTURE_SUFFIXES,
 )
 """What is looked for in a folder. A DICOM slide is many files: it is opened by naming one of them."""
+ARRAYS = "array"
+"""The folder that slides made of arrays seem to lie in; they have no file."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,21 @@ class Region:
     """(h, w): all that went into the px came from the file, undamaged."""
     damaged: int
     """Blocks of the file under the window that could not be decoded."""
+    lost: NDArray[np.bool_] | None = None
+    """(h, w): something of what went into the px is damaged; None if nothing is."""
 
 
 class Slide:
-    """An open slide; use `open_slide`. Coordinates are level-0 px from the top left corner."""
+    """An open slide; use `open_slide`. Coordinates are level-0 px from the top left corner.
+
+    >>> import engine, numpy as np
+    >>> slide = engine.Slide.from_array(np.full((600, 800, 3), 160, np.uint8), mpp=0.25)
+    >>> slide.height, slide.width, slide.resolution.mpp
+    (600, 800, 0.25)
+    >>> region = slide.read(x=100, y=100, w=64, h=64, mpp=0.5)
+    >>> region.pixels.shape, bool(region.valid.all())
+    ((64, 64, 3), True)
+    """
 
     def __init__(self, name: str, path: Path, levels: Levels, resolution: Resolution) -> None:
         self.name, self.path, self.resolution = name, path, resolution
@@ -69,7 +92,22 @@ class Slide:
         self.height, self.width = levels.sizes[0]
         self.scales = tuple(level_scale(levels.sizes[0], size) for size in levels.sizes)
         """Level-0 px per px of each level, (y, x)."""
+        self.choice = levels.choice
+        """Which picture of the file it is."""
         self._levels = levels
+
+    @classmethod
+    def from_array(cls, array: Any, *, mpp: float, name: str = "array") -> Self:
+        """Return a slide of what another program made: registered, normalised, stitched; nothing is written.
+
+        `array` is uint8 (h, w, 3) or (3, h, w), numpy or dask, or a list of such levels, finest first; `mpp` is the
+        finest level's µm/px. It lives in this process: Ray's workers do not see it. Raises: EngineError for another
+        array, µm/px or name.
+        """
+        check_slide_name(name)
+        arrays = array if isinstance(array, list | tuple) else [array]
+        resolution = Resolution(check_mpp(mpp, "mpp"), mpp, "given with the array")
+        return cls(slide_name(Path(name)), Path(ARRAYS, name), MemoryLevels(name, arrays), resolution)
 
     def level_for(self, mpp: float) -> int:
         """Return the coarsest level that is fine enough for `mpp` (µm/px)."""
@@ -93,7 +131,51 @@ class Slide:
         across = _Axis(x / scale_x, wide / scale_x, w, self.sizes[level][1])
         down = _Axis(y / scale_y, tall / scale_y, h, self.sizes[level][0])
         window = self._window(level, down, across)
-        return Region(*_reduce(window, down, across), window.damaged)
+        pixels, valid = _reduce(window, down, across)
+        lost = None
+        if window.damaged:
+            whole = window.valid | (window.pixels != GREY).any(axis=2)  # only damaged px are grey and invalid
+            lost = ~_reduce(Window(window.pixels, whole), down, across)[1]
+        return Region(pixels, valid, window.damaged, lost)
+
+    def window(self, level: int, y: int, x: int, h: int, w: int) -> Region:
+        """Return a window that lies inside a level, as the file has it; in whole px of that level.
+
+        Raises: SlideError `vanished`; ValueError outside the level.
+        """
+        height, width = self.sizes[level]
+        if not (0 <= y < y + h <= height and 0 <= x < x + w <= width):
+            raise ValueError(
+                f"a window must lie in {width}x{height} px of level {level}; got {w}x{h} px at x={x}, y={y}."
+            )
+        found = self._levels.window(level, y, x, h, w)
+        return Region(found.pixels, found.valid, found.damaged)
+
+    def dask(self, mpp: float = 0.5, chunks: int = CHUNK_PX, damaged: Damaged = "error") -> "da.Array":
+        """Return the whole slide at `mpp` µm/px as a dask array: uint8 (3, h, w); a block is what `read` gives for it.
+
+        Where the slide's px are no whole number of times finer, px at the rims of blocks differ by a grey level or so
+        from those of other `chunks`. Raises: EngineError for a µm/px or chunks that are not positive; when computed,
+        SlideError `damaged` for px that cannot be decoded (`damaged="grey"` gives them as 128), or `vanished`.
+        """
+        steps = self.field(1, check_mpp(mpp, "mpp"))
+        width, height = (max(1, math.ceil(n / s - 1e-6)) for n, s in zip((self.width, self.height), steps, strict=True))
+        return self._lazy(damaged).at(mpp, (height, width), chunks)
+
+    def dask_levels(self, chunks: int = CHUNK_PX, damaged: Damaged = "error") -> "list[da.Array]":
+        """Return the levels as they are stored, finest first, as dask arrays: uint8 (3, h, w). Raises: as `dask`."""
+        lazy = self._lazy(damaged)
+        return [lazy.level(number, size, chunks) for number, size in enumerate(self.sizes)]
+
+    def _lazy(self, damaged: Damaged) -> LazySlide:
+        if isinstance(self._levels, MemoryLevels):
+            from dask.base import tokenize
+
+            same = partial(Slide, self.name, self.path, self._levels, self.resolution)
+            return LazySlide(same, (tokenize(*self._levels.arrays), self.resolution), damaged)
+        mpp = self.resolution.mpp_x, self.resolution.mpp_y
+        stamp, series = file_stamp(self.path), self.choice.index
+        return LazySlide(partial(_reopened, self.path.absolute(), mpp, stamp, series), (*stamp, *mpp, series), damaged)
 
     def _window(self, level: int, down: "_Axis", across: "_Axis") -> Window:
         """Read the px of a level under a window; absent where there are none."""
@@ -182,53 +264,64 @@ def slide_name(path: Path) -> str:
 def find_slides(folder: Path) -> list[Path]:
     """Return all slides below a folder by their endings, sorted by name; what begins with a dot is left out.
 
+    Links to folders are followed, each real folder once; what cannot be looked through is logged as a warning.
     Raises: EngineError if there is no such folder or no slide in it.
     """
     if not folder.is_dir():
         raise EngineError(f"slides must be a folder; there is none at {folder}. Check the path.")
-    found = sorted(_walk(folder), key=lambda p: (slide_name(p), str(p)))
-    if not found:
-        raise EngineError(f"{folder} must hold slides ({', '.join(SLIDE_SUFFIXES)}); it holds none. Check the path.")
-    return found
+    seen = look_through(folder, lambda path: path.suffix.lower() in SLIDE_SUFFIXES)
+    for line in seen.left_out:
+        log.warning("left out: %s", line)
+    if not seen.paths:
+        more = f" Left out: {'; '.join(seen.left_out)}." if seen.left_out else ""
+        endings = ", ".join(SLIDE_SUFFIXES)
+        raise EngineError(f"{folder} must hold slides ({endings}); it holds none. Check the path.{more}")
+    return sorted(seen.paths, key=lambda p: (slide_name(p), str(p)))
 
 
-def _walk(folder: Path) -> list[Path]:
-    found = []
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.suffix.lower() in SLIDE_SUFFIXES:
-            found.append(entry)
-        elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
-            found += _walk(entry)
-    return found
-
-
-def open_slide(path: Path, overrides: Overrides | None = None, mpp: float | None = None) -> Slide:
+def open_slide(
+    path: str | Path, overrides: Overrides | None = None, mpp: float | None = None, series: int | None = None
+) -> Slide:
     """Open a slide by what its first bytes say. µm/px by the order of engine.slides.resolution.
 
+    Of a file that holds several pictures, `series` is the number of the one to read; None takes the largest that is no
+    label, macro or overview. Px and µm/px are those of that picture.
     Raises: SlideError with the code `missing`, `no_permission`, `empty_file`, `not_a_slide`, `truncated`, `damaged`,
-    `not_rgb`, `not_8_bit`, `unsupported`, `no_mpp` or `absurd_mpp`.
+    `not_rgb`, `not_8_bit`, `unsupported`, `no_such_series`, `no_mpp` or `absurd_mpp`.
+
+    >>> import engine, PIL.Image
+    >>> PIL.Image.new("RGB", (800, 600), "white").save("slide.png")
+    >>> with engine.open_slide("slide.png", mpp=0.5) as slide:
+    ...     slide.name, slide.width, slide.read(x=-10, y=0, w=256, h=256, mpp=1.0).pixels.shape
+    ('slide', 800, (256, 256, 3))
     """
+    path = Path(path)
     name = slide_name(path)
-    levels = _open_levels(path, name)
+    levels = _open_levels(path, name, series)
     try:
         resolution = resolve(name, path.name, levels.claims, overrides or {}, mpp)
     except SlideError:
         levels.close()
         raise
+    if levels.choice.doubtful or levels.choice.index:
+        resolution = replace(resolution, source=f"{resolution.source}, series {levels.choice.index}")
     return Slide(name, path, levels, resolution)
 
 
-def _open_levels(path: Path, name: str) -> Levels:
+def _reopened(path: Path, mpp: tuple[float, float], stamp: tuple[str, int, int], series: int | None) -> Slide:
+    """Return a slide in the process that computes, at the µm/px it was first opened with. Raises: SlideError."""
+    return opened(("slide", mpp, stamp, series), lambda: open_slide(path, {path.name: mpp}, series=series))
+
+
+def _open_levels(path: Path, name: str, series: int | None) -> Levels:
     try:
         if path.is_dir():
-            return open_ngff(path, name)
+            return open_ngff(path, name, series)
         with path.open("rb") as file:
             head = file.read(8)
         if not head:
             raise SlideError("empty_file", f"{name}: {path} must hold a slide; it has 0 bytes. Copy it again.")
-        return _opener(path, head)(path, name)
+        return _opener(path, head)(path, name, series)
     except FileNotFoundError as error:
         raise SlideError(
             "missing", f"{name}: there must be a slide at {path}; there is nothing. Check the path."
@@ -241,11 +334,11 @@ def _open_levels(path: Path, name: str) -> Levels:
         raise SlideError("vanished", f"{name}: {path} cannot be read ({error.strerror}). Is its disk there?") from error
 
 
-def _opener(path: Path, head: bytes) -> Callable[[Path, str], Levels]:
-    """Choose who reads a file: for plain TIFF the faster (benchmarks/reading.py), OpenSlide where it knows more."""
-    if head.startswith((picture.PNG, picture.JPEG)):
-        return picture.open_picture
-    maker = vendor.vendor_of(path)
+def _opener(path: Path, head: bytes) -> Callable[[Path, str, int | None], Levels]:
+    """Choose who reads a file: for plain TIFF ours (benchmarks.features.reading), OpenSlide where it knows more."""
+    if head.startswith((raster.PNG, raster.JPEG)):
+        return raster.open_picture
+    maker = openslide.vendor_of(path)
     is_tiff = head.startswith(tiff.MAGIC)
     if is_tiff and (maker in (None, "generic-tiff") or (maker == "aperio" and tiff.suits_aperio(path))):
         return tiff.open_tiff
@@ -255,24 +348,43 @@ def _opener(path: Path, head: bytes) -> Callable[[Path, str], Levels]:
             f"{path.name}: a slide must be a format of OpenSlide, TIFF, OME-Zarr, PNG or JPEG; it begins "
             f"with {head!r}.",
         )
-    return vendor.open_vendor
+    return openslide.open_vendor
 
 
 class OpenSlides:
     """The slides one process has open: at most `limit`, the least used goes first. Safe in several threads."""
 
-    def __init__(self, overrides: Overrides | None = None, mpp: float | None = None, limit: int = 8) -> None:
-        self._overrides, self._mpp, self._limit = overrides, mpp, limit
+    def __init__(
+        self, overrides: Overrides | None = None, mpp: float | None = None, limit: int = 8, series: int | None = None,
+        given: Sequence[Slide] = (),
+    ) -> None:  # fmt: skip
+        """`given` are slides that are open already, such as those of arrays; they stay."""
+        self._overrides, self._mpp, self._limit, self._series = overrides, mpp, limit, series
+        self._given = {slide.path: slide for slide in given}
         self._slides: OrderedDict[Path, Slide] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, path: Path) -> Slide:
         """Return the slide at a path, open. Raises SlideError as `open_slide`."""
+        if path in self._given:
+            return self._given[path]
         with self._lock:
             if path not in self._slides:
-                self._slides[path] = open_slide(path, self._overrides, self._mpp)
+                self._slides[path] = open_slide(path, self._overrides, self._mpp, self._series)
             self._slides.move_to_end(path)
             while len(self._slides) > self._limit:
                 # Dropped, not closed: another thread may still read it. Its file closes with the last reader.
                 self._slides.popitem(last=False)
             return self._slides[path]
+
+
+_LONGEST_NAME = 200
+"""Bytes of a slide's name: file systems allow 255, and ".h5.partial" and TRIDENT's "_patches.h5" are put behind it."""
+
+
+def check_slide_name(name: str) -> None:
+    """Refuse a name whose files would leave the output folder or not be found again. Raises BagError."""
+    if not name or name.startswith(".") or set(name) & {"/", "\\", "\0"} or not name.isprintable():
+        raise BagError(f"a slide's name must be one visible file name without folders; got {name!r}. Rename the slide.")
+    if len(name.encode()) > _LONGEST_NAME:
+        raise BagError(f"a slide's name must fit into {_LONGEST_NAME} bytes; got {name[:60]!r}… Rename the slide.")

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from scipy import ndimage
 
-from engine.slides.grid import PARENT_FACTOR, TileGrid
+from engine.slides.tile_grid import PARENT_FACTOR, TileGrid
 from engine.slides.tissue import Overview, TissueMask
 
 LONGEST_PX = 1024

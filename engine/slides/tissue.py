@@ -15,8 +15,12 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from engine.core.errors import SlideError
+from engine.slides.backends.base import ABSENT
 from engine.slides.slide import Slide
 
+MAX_OVERVIEW_PX = 2**28
+"""16384²: 130 mm on both sides at 8 µm/px, wider than any glass. What lies beyond is a wrong µm/px or a wrong size."""
 PIECE_PX = 128
 """An overview is read in squares of this size: a slide without reduced levels costs 50 MB at a time."""
 
@@ -33,6 +37,15 @@ class Overview:
     """µm/px."""
     scale: tuple[float, float]
     """Level-0 px per px (x, y)."""
+    lost: float = 0.0
+    """Share of the slide that is damaged at every level: whether there is tissue cannot be told."""
+    damaged: int = 0
+    """Blocks of the file that could not be decoded, of the levels that were read."""
+
+    @property
+    def empty(self) -> NDArray[np.bool_]:
+        """Return where the file holds nothing, (h, w): never written, masked, nodata. What is damaged was there."""
+        return ~self.valid & (self.pixels == ABSENT).all(axis=2)
 
 
 class FindTissue(Protocol):
@@ -53,6 +66,8 @@ class TissueMask:
     """Level-0 px per px of the mask (x, y)."""
     size: tuple[int, int]
     """Level-0 px of the slide (w, h); the last px of the mask may reach beyond."""
+    lost: float = 0.0
+    """Share of the slide where damage hid whether there is tissue; 0 where the tissue was drawn."""
 
     @property
     def total_share(self) -> float:
@@ -109,13 +124,13 @@ class TissueConfig:
 def find_tissue(slide: Slide, config: TissueConfig, method: FindTissue | None = None) -> TissueMask:
     """Return the tissue of a slide, found by `method` or by the one that the config names.
 
-    Raises: SlideError `vanished`; ValueError if a method returns another shape.
+    Raises: SlideError `vanished` or `too_large`; ValueError if a method returns another shape.
     """
     overview = read_overview(slide, config.mpp)
     mask = (method or method_of(config))(overview)
     if mask.shape != overview.valid.shape or mask.dtype != np.bool_:
         raise ValueError(f"a tissue mask must be bool {overview.valid.shape}; got {mask.dtype} {mask.shape}.")
-    return TissueMask(mask, overview.scale, (slide.width, slide.height))
+    return TissueMask(mask, overview.scale, (slide.width, slide.height), overview.lost)
 
 
 def method_of(config: TissueConfig) -> FindTissue:
@@ -127,25 +142,59 @@ def _everything(overview: Overview) -> NDArray[np.bool_]:
     return overview.valid.copy()
 
 
+def overview_size(slide: Slide, mpp: float) -> tuple[int, int]:
+    """Return the px (h, w) of a whole slide at `mpp` µm/px; the last ones may reach beyond it.
+
+    Raises: SlideError `too_large` for more than MAX_OVERVIEW_PX, before anything is allocated.
+    """
+    sizes = zip((slide.height, slide.width), slide.field(1, mpp)[::-1], strict=True)
+    height, width = (max(1, math.ceil(n / s - 1e-6)) for n, s in sizes)
+    if height * width > MAX_OVERVIEW_PX:
+        raise SlideError(
+            "too_large",
+            f"{slide.name}: the overview on which tissue is found must have at most {MAX_OVERVIEW_PX} px; at {mpp:g} "
+            f"µm/px it would have {width}x{height}, because the slide has {slide.width}x{slide.height} px of "
+            f"{slide.resolution.mpp:.4g} µm/px ({slide.resolution.source}). If these are right, take a coarser "
+            "overview (--finder.mpp); else correct µm/px in the overrides table (--overrides).",
+        )
+    return height, width
+
+
 def read_overview(slide: Slide, mpp: float) -> Overview:
     """Read a whole slide at `mpp` µm/px. Where a level is damaged, the next finer one is read instead.
 
-    Raises: SlideError `vanished`.
+    Raises: SlideError `vanished` or `too_large`.
     """
-    scale = slide.field(1, mpp)
-    width, height = (max(1, math.ceil(n / s - 1e-6)) for n, s in zip((slide.width, slide.height), scale, strict=True))
+    scale, (height, width) = slide.field(1, mpp), overview_size(slide, mpp)
     pixels, valid = np.empty((height, width, 3), np.uint8), np.empty((height, width), np.bool_)
+    lost = damaged = 0
     for y in range(0, height, PIECE_PX):
         for x in range(0, width, PIECE_PX):
             size = min(PIECE_PX, width - x), min(PIECE_PX, height - y)
             level = slide.level_for(mpp)
             region = slide.read(x * scale[0], y * scale[1], *size, mpp, level)
+            damaged += region.damaged
             while region.damaged and level > 0:
                 level -= 1
                 region = slide.read(x * scale[0], y * scale[1], *size, mpp, level)
+                damaged += region.damaged
             where = np.s_[y : y + size[1], x : x + size[0]]
             pixels[where], valid[where] = region.pixels, region.valid
-    return Overview(pixels, valid, mpp, scale)
+            lost += 0 if region.lost is None else int(region.lost.sum())
+    return Overview(pixels, valid, mpp, scale, lost / valid.size, damaged)
+
+
+def check_seen(slide: Slide, lost: float, limit: float) -> None:
+    """Refuse a slide of which a larger share than `limit` is damaged at every level, so that tissue cannot be seen.
+
+    Raises: SlideError `damaged`.
+    """
+    if lost > limit:
+        raise SlideError(
+            "damaged",
+            f"{slide.name}: at most {limit:.0%} of a slide may be damaged; {lost:.0%} of it cannot be decoded, so that "
+            f"nobody can tell whether there is tissue. Copy {slide.path} again, or raise --blocks.slide_damage.",
+        )
 
 
 @dataclass(frozen=True)

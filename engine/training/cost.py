@@ -14,17 +14,17 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.magnification import LATENT_CHANNELS, TILE_LATENT_PX
-from engine.model import checkpoint, hub
+from engine.core.units import LATENT_CHANNELS, TILE_LATENT_PX
+from engine.datasets.dataset import PreparedSet
+from engine.datasets.schema import DATASET
 from engine.model.config import ModelConfig
 from engine.model.networks import Networks, build_networks
 from engine.model.summarizer import GRID_SIDE
-from engine.prepared import PreparedSet
-from engine.prepared_facts import DATASET
-from engine.training.joint import network_config, open_source
-from engine.training.joint_settings import AccumulatedSettings, JointConfig, LearningConfig
-from engine.training.vq import AutoencoderNetworks, open_images
-from engine.training.vq_settings import VQConfig
+from engine.model.weights import hub, ldm_import
+from engine.training.autoencoder.settings import VQConfig
+from engine.training.autoencoder.train import AutoencoderNetworks, open_images
+from engine.training.denoiser.settings import AccumulatedSettings, JointConfig, LearningConfig
+from engine.training.denoiser.train import network_config, open_source
 
 Forward = Callable[[int], Tensor]
 _STATE_NBYTES = 20
@@ -110,7 +110,7 @@ def model_config(config: LearningConfig) -> ModelConfig:
     """Return the sizes of the model that is trained. Raises: EngineError for an initial model that cannot be read."""
     if config.initial.model is None:
         return network_config(config.model)
-    return checkpoint.read(hub.locate(config.initial.model, config.initial.variant, "--initial.model")).config
+    return ldm_import.config_of(hub.locate(config.initial.model, config.initial.variant, "--initial.model"))
 
 
 def work_of(config: LearningConfig, model: ModelConfig, networks: Networks) -> tuple[nn.Module, Forward]:

@@ -9,16 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from engine.devices import Ask, choose_dtype
-from engine.environment import AUTO, remark_on_dtype, settle_dtype, this_process
-from engine.training.cdm_settings import CDMTrainingConfig
-from engine.training.joint_settings import LearningConfig
-from engine.training.loop import TrainingError
-from engine.training.settings import DemoConfig
+from engine.core.runtime import AUTO, Ask, choose_dtype, remark_on_dtype, settle_dtype, this_process
+from engine.training.denoiser.settings import LearningConfig
+from engine.training.optimisation import TrainingError
+from engine.training.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
 L = TypeVar("L", bound=LearningConfig)
-S = TypeVar("S", DemoConfig, CDMTrainingConfig)
+S = TypeVar("S", bound=TrainingConfig)
 
 
 def settle_precision(config: L, ask: Ask) -> L:

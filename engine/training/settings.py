@@ -157,7 +157,42 @@ class PlaceSettings:
 
 
 @dataclass(frozen=True)
-class DemoConfig:
+class TrainingConfig:
+    """What every trainer of a small network reads, beside what it learns."""
+
+    run: str = "runs/train"
+    """Folder of this run: checkpoint, log. The same folder continues."""
+    seed: int = 0
+    """Seed of initial weights, data order, times and noise."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the networks compute."""
+    bfloat16: bool | Literal["auto"] = "auto"
+    """Compute forward passes in bfloat16 (weights stay float32); auto: where the device multiplies it."""
+    threads: int = 1
+    """CPU threads."""
+    checkpoint_s: float = 120.0
+    """Seconds between two checkpoints."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
+        require(self.threads >= 1, "threads must be at least 1", self.threads)
+        require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)
+
+
+@dataclass(frozen=True)
+class CarriedTrainingConfig(TrainingConfig):
+    """Of a network that a finished model carries in a folder of its own, such as a CDM or a text prior."""
+
+    source: str = "demo"
+    """The model whose conditions are learned: "demo", a folder or a Hub id."""
+    variant: str | None = None
+    """Sub-folder of the source: brca or naip for the published weights."""
+    store_half: bool = False
+    """Write the weights as float16; they are loaded as float32."""
+
+
+@dataclass(frozen=True)
+class DemoConfig(TrainingConfig):
     """What the demo model is before its denoiser is trained; the resolved form is written into training.json."""
 
     task: Literal["demo"] = "demo"
@@ -166,16 +201,8 @@ class DemoConfig:
     """Folder of this run: rendered regions, checkpoints, log, pictures. The same folder continues."""
     out: str = "runs/train_demo/model"
     """Folder the model is written to, with a U-Net and a Summarizer that know nothing yet."""
-    seed: int = 0
-    """Seed of initial weights and data order."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where the networks compute."""
-    bfloat16: bool | Literal["auto"] = "auto"
-    """Compute forward passes in bfloat16 (weights stay float32); auto: where the device multiplies it."""
     threads: int = 2
     """CPU threads."""
-    checkpoint_s: float = 120.0
-    """Seconds between two checkpoints."""
     model: ModelSettings = field(default_factory=ModelSettings)
     """Sizes of the networks."""
     data: DataSettings = field(default_factory=DataSettings)
@@ -184,6 +211,7 @@ class DemoConfig:
     """What is trained here."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         per_magnification = {
             "data.train_tiles": self.data.train_tiles,
             "autoencoder.plain_shares": self.autoencoder.plain_shares,
@@ -191,6 +219,3 @@ class DemoConfig:
         }
         lengths = {name: len(values) for name, values in per_magnification.items()}
         require(len(set(lengths.values())) == 1, "one number per magnification is needed in each list", lengths)
-        require(0 <= self.seed < 2**31, "seed must lie in 0..2**31-1", self.seed)
-        require(self.threads >= 1, "threads must be at least 1", self.threads)
-        require(self.checkpoint_s > 0, "checkpoint_s must be positive", self.checkpoint_s)

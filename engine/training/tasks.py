@@ -6,15 +6,18 @@ It does not train.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from engine.training import joint, vq
-from engine.training.cdm import train_cdm
-from engine.training.cdm_settings import CDMTrainingConfig
+from engine.training.autoencoder import train as autoencoder_training
+from engine.training.autoencoder.settings import VQConfig
+from engine.training.cdm.settings import CDMTrainingConfig
+from engine.training.cdm.train import train_cdm
+from engine.training.demo.run import train
+from engine.training.denoiser import train as denoiser_training
+from engine.training.denoiser.settings import JointConfig
 from engine.training.gradients import Group
-from engine.training.joint_settings import JointConfig
-from engine.training.learning import ALONE
-from engine.training.run import train
 from engine.training.settings import DemoConfig
-from engine.training.vq_settings import VQConfig
+from engine.training.text.settings import TextTrainingConfig
+from engine.training.text.train import train_text
+from engine.training.trainer import ALONE
 
 PreparedConfig = JointConfig | VQConfig
 """Of what is trained on a prepared set, alone or by a group of workers."""
@@ -33,8 +36,9 @@ class Task(NamedTuple):
 TASKS = {
     "demo": Task(DemoConfig, train),
     "cdm": Task(CDMTrainingConfig, train_cdm),
-    "denoiser": Task(JointConfig, joint.train, joint.export),
-    "autoencoder": Task(VQConfig, vq.train, vq.export),
+    "text": Task(TextTrainingConfig, train_text),
+    "denoiser": Task(JointConfig, denoiser_training.train, denoiser_training.export),
+    "autoencoder": Task(VQConfig, autoencoder_training.train, autoencoder_training.export),
 }
 
 

@@ -6,6 +6,7 @@ from mil.models.abmil import ABMIL, BranchedABMIL
 from mil.models.clam import CLAMSB
 from mil.models.contract import BagModel, BagOutput, ModelConfig
 from mil.models.dsmil import DSMIL
+from mil.models.simlp import SiMLP
 from mil.models.transmil import TransMIL
 
 __all__ = ["MODELS", "BagModel", "BagOutput", "ModelConfig", "build_model"]
@@ -15,6 +16,7 @@ MODELS: dict[str, type[BagModel]] = {
     "abmil_branches": BranchedABMIL,
     "clam_sb": CLAMSB,
     "dsmil": DSMIL,
+    "simlp": SiMLP,
     "transmil": TransMIL,
 }
 

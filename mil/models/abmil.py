@@ -17,7 +17,7 @@ class ABMIL(BagModel):
         super().__init__(config)
         self.embed = embedding(config.width, config)
         self.attend = GatedAttention(config.hidden, config.attention)
-        self.classify = nn.Linear(config.hidden, 1)
+        self.classify = nn.Linear(config.hidden, config.outputs)
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.embed(self.features(x))
@@ -39,7 +39,7 @@ class BranchedABMIL(BagModel):
         super().__init__(config)
         self.embed = nn.ModuleList([embedding(width, config) for width in config.widths])
         self.attend = nn.ModuleList([GatedAttention(config.hidden, config.attention) for _ in config.widths])
-        self.classify = nn.Linear(config.hidden * len(config.widths), 1)
+        self.classify = nn.Linear(config.hidden * len(config.widths), config.outputs)
 
     def _branch(self, number: int, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         start = sum(self.config.widths[:number])

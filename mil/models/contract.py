@@ -1,8 +1,8 @@
-"""What every model of bags is: instances and a mask in, a logit and one attention per instance out.
+"""What every model of bags is: instances and a mask in, logits and one attention per instance out.
 
 Held by one set of tests for all models: padding does not matter, a bag of one instance has an answer, every parameter
 gets a gradient, a bag of 100 000 instances takes bounded memory, and, where `permutation_invariant` says so, the order
-of instances does not matter. Models know no files, labels beyond 0 and 1, or optimisers.
+of instances does not matter. Models know no files, names of classes, or optimisers.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,8 @@ class BagOutput:
     """What a model says about B bags of up to N instances."""
 
     logit: Tensor
-    """(B,): log-odds of the positive class, not calibrated."""
+    """Of two classes (B,): log-odds of the second; of more (B, classes): their softmax is the probabilities. Neither is
+    calibrated."""
     attention: Tensor
     """(B, N): not negative, sums to one over a bag's instances, 0 on padding."""
 
@@ -47,10 +48,17 @@ class ModelConfig:
     """Share of embedded values dropped in training."""
     whiten: bool = False
     """Features are decorrelated, scale by scale, before anything else."""
+    classes: int = 2
+    """Classes told apart."""
 
     @property
     def width(self) -> int:
         return sum(self.widths)
+
+    @property
+    def outputs(self) -> int:
+        """Return the width of a head: two classes need one log-odds."""
+        return 1 if self.classes == 2 else self.classes
 
 
 class FeatureScale(nn.Module):
@@ -104,12 +112,14 @@ class BagModel(nn.Module, ABC):
         """Judge bags x (B, N, D) whose instances are where mask (B, N) is True."""
 
     def loss(self, x: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Return the mean loss of bags with labels y (B,) 0 or 1, weighted by weight (B,)."""
-        return weighted_bce(self(x, mask).logit, y, weight)
+        """Return the mean loss of bags with labels y (B,), numbers of their classes, weighted by weight (B,)."""
+        return cross_entropy(self(x, mask).logit, y, weight)
 
 
-def weighted_bce(logit: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-    """Return the mean over bags of the cross-entropy times the bag's weight."""
+def cross_entropy(logit: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """Return the mean over bags of the cross-entropy times the bag's weight: logit (B,) or (B, classes)."""
+    if logit.ndim > 1:
+        return (F.cross_entropy(logit.float(), y.long(), reduction="none") * weight).mean()
     return F.binary_cross_entropy_with_logits(logit.float(), y.float(), weight=weight)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mil.models.contract import BagModel, BagOutput, ModelConfig, embedding, weighted_bce
+from mil.models.contract import BagModel, BagOutput, ModelConfig, cross_entropy, embedding
 
 HEADS = 8
 LANDMARKS = 128
@@ -103,7 +103,7 @@ class TransMIL(BagModel):
         self.token = nn.Parameter(torch.randn(1, 1, hidden) * 0.02)
         self.first, self.last = NystromAttention(hidden, config.dropout), NystromAttention(hidden, config.dropout)
         self.position = PositionEncoding(hidden)
-        self.norm, self.classify = nn.LayerNorm(hidden), nn.Linear(hidden, 1)
+        self.norm, self.classify = nn.LayerNorm(hidden), nn.Linear(hidden, config.outputs)
 
     def _sequence(self, x: Tensor) -> Tensor:
         """Return the sequence before the last layer: x (n, D) -> (1, 1 + side², H)."""
@@ -114,7 +114,7 @@ class TransMIL(BagModel):
         return self.position(self.first(h), side)
 
     def _logit(self, sequence: Tensor) -> Tensor:
-        return self.classify(self.norm(self.last(sequence)[:, 0]))[0, 0].float()
+        return self.classify(self.norm(self.last(sequence)[:, 0]))[0].squeeze(-1).float()
 
     def forward(self, x: Tensor, mask: Tensor) -> BagOutput:
         attention = torch.zeros(mask.shape, device=x.device)
@@ -130,4 +130,4 @@ class TransMIL(BagModel):
 
     def loss(self, x: Tensor, mask: Tensor, y: Tensor, weight: Tensor) -> Tensor:
         logits = [self._logit(self._sequence(bag[here])) for bag, here in zip(x, mask, strict=True)]
-        return weighted_bce(torch.stack(logits), y, weight)
+        return cross_entropy(torch.stack(logits), y, weight)

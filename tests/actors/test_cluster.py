@@ -12,19 +12,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors import cluster
+from actors import cluster, private_ray
 from actors.cluster import NodeResources, connect, loss_named, node_resources
 from actors.environment import silence_of
 from actors.replica import choose_seat
-from engine.config import RayConfig
-from engine.errors import ClusterError
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import json, sys, time
 import psutil
 from actors.cluster import connect, node_resources
-from engine.config import RayConfig
+from engine.core.config import RayConfig
 
 with connect(RayConfig(), num_cpus=1, store_bytes=100_000_000):
     pids = [p.pid for p in psutil.Process().children(recursive=True)]
@@ -99,7 +99,8 @@ def unconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "shutdown", lambda: None)
-    monkeypatch.setattr(cluster, "_descendants", lambda: iter(()))
+    for module in (cluster, private_ray):
+        monkeypatch.setattr(module, "ray_descendants", lambda: iter(()))
     monkeypatch.setattr(cluster, "ANSWER_S", 0.2)
 
 
@@ -164,6 +165,83 @@ def test_what_ray_says_when_it_does_not_start(
         pass
 
 
+@pytest.mark.usefixtures("unconnected")
+@pytest.mark.parametrize(
+    ("raised", "failures", "tries"),
+    [
+        (Exception("The current node timed out during startup."), 1, 2),
+        (Exception("The current node timed out during startup."), 9, private_ray.START_TRIES),
+        (ConnectionError("no head"), 1, 2),
+        (ValueError("a store of 3 bytes"), 9, 1),  # a wrong value stays wrong
+    ],
+)
+def test_a_start_that_was_too_slow_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, raised: Exception, failures: int, tries: int
+) -> None:
+    calls: list[dict[str, str]] = []
+
+    def init(**_: object) -> None:
+        calls.append({name: os.environ[name] for name in private_ray.WAITS})
+        if len(calls) <= failures:
+            raise raised
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    monkeypatch.setenv("RAY_agent_register_timeout_ms", "7")  # what a user says stays
+    if failures >= tries:
+        with pytest.raises(ClusterError, match=str(raised)), connect(RayConfig()):
+            pass
+    else:
+        with connect(RayConfig()):
+            pass
+    assert len(calls) == tries
+    assert calls[0] == private_ray.WAITS | {"RAY_agent_register_timeout_ms": "7"}
+    assert "RAY_gcs_server_port_wait_time_s" not in os.environ
+    assert len(caplog.records) == tries - 1
+    assert all("busy. It is tried again" in record.message for record in caplog.records)
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_private_rays_start_one_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(private_ray, "check_socket_path", lambda: None)  # pytest's folder is long
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    inside: list[bool] = []
+
+    def init(**_: object) -> None:
+        (path,) = tmp_path.glob("*.lock")
+        with path.open() as other:
+            inside.append(private_ray._locked(other.fileno()))
+
+    monkeypatch.setattr(cluster.ray, "init", init)
+    with connect(RayConfig(address="local")), next(tmp_path.glob("*.lock")).open() as other:
+        assert private_ray._locked(other.fileno())  # the turn ends with the start, not with the run
+        monkeypatch.setattr(private_ray, "TURN_S", 0.0)  # one that hangs does not stop the others
+        private_ray.start_private(1, 1)
+    assert inside == [False, False]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "file" / "below"))
+    with pytest.raises(ClusterError, match=r"must be writable.*Set RAY_TMPDIR"), connect(RayConfig(address="local")):
+        pass
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_a_temporary_folder_that_is_absent_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As Ray itself does."""
+    monkeypatch.setattr(private_ray, "check_socket_path", lambda: None)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "absent" / "tmp"))
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: None)
+    with connect(RayConfig(address="local")):
+        assert (tmp_path / "absent" / "tmp").is_dir()
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_sigterm_heard_by_rays_own_handler_keeps_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ray.init puts two there: one exits with 15, the other with 1."""
+    monkeypatch.setattr(cluster.ray, "init", lambda **_: sys.exit(1))
+    with pytest.raises(SystemExit) as stop, connect(RayConfig()):
+        pass
+    assert stop.value.code == 143
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_head_that_is_gone_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,3 +296,14 @@ def test_seats() -> None:
     assert choose_seat(RayConfig(replicas=3), 1, "auto", nodes[2:]).device == "cpu"
     with pytest.raises(ClusterError, match="no node"):
         choose_seat(RayConfig(), 1, "cpu", [])
+
+
+@pytest.mark.usefixtures("unconnected")
+def test_a_temporary_folder_too_long_for_sockets_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = str(tmp_path / ("long" * 20))
+    monkeypatch.setenv("RAY_TMPDIR", folder)
+    refused = pytest.raises(ClusterError, match=r"at most 107 bytes; below RAY_TMPDIR=.* Set RAY_TMPDIR to a shorter")
+    with refused, cluster.connect(RayConfig(address="local")):
+        raise AssertionError("it must not start")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    private_ray.check_socket_path()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.arguments import PROJECT_ROOT
+from engine.core.cli import PROJECT_ROOT
 
 SHOW = (
     "import os, sys, actors; print(os.environ['RAY_AUTH_MODE'], 'RAY_AUTH_TOKEN' in os.environ, 'ray' in sys.modules)"

@@ -8,21 +8,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killing import killing
-from written_slides import tissue, write_tiff
 
 from actors import slide_pipeline as on_ray
-from actors.slide_pipeline import Shape, shape_of, work_on_ray
-from engine.config import RayConfig
-from engine.errors import ClusterError
-from engine.extraction import Engage, extract
-from engine.extraction_config import BlockConfig, ExtractConfig
-from engine.extraction_local import ExtractStages, extract_alone
-from engine.features import FeatureConfig
+from actors.slide_pipeline import Shape, shape_of, slides_on_ray
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError
+from engine.core.progress import Progress
+from engine.features.blocks import BlockFeatures, ExtractTask
+from engine.features.config import BlockConfig, ExtractConfig
+from engine.features.encoders import ExtractStages, extract_alone
+from engine.features.extract import StartBackend, extract
+from engine.features.tile_encoders import FeatureConfig
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.progress import Progress
-from engine.slide_crew import Crew
+from engine.pipeline.stages import Backend
 from engine.slides.tissue import TissueConfig
+from tests.support.killing import killing
+from tests.support.written_slides import tissue, write_tiff
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 
@@ -51,8 +52,21 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
 CODES = {"large": "", "none": "not_a_slide", "small": ""}
 
 
-def codes(config: ExtractConfig, engage: Engage) -> dict[str, str]:
-    return {r.slide: r.code for r in extract(config, engage, Progress())}
+def codes(config: ExtractConfig, start_backend: StartBackend) -> dict[str, str]:
+    return {r.slide: r.code for r in extract(config, start_backend, Progress())}
+
+
+def test_of_a_slide_that_was_given_up_nothing_more_comes(local: ExtractConfig) -> None:
+    """The driver says so while blocks are on their way."""
+    stages = ExtractStages(local, ("20x", "5x"))
+    task = ExtractTask("large", Path(local.slides) / "large.tif", ({},))
+    given_up: set[str] = set()
+    blocks = 0
+    for message in slides_on_ray(stages).work([task], given_up):
+        given_up.add(message.slide)  # as soon as its plan is here
+        blocks += isinstance(message, BlockFeatures)
+    with extract_alone(local, ("20x", "5x")) as backend:
+        assert blocks < sum(isinstance(message, BlockFeatures) for message in backend.work([task]))
 
 
 def bags(config: ExtractConfig) -> dict[str, bytes]:
@@ -64,10 +78,10 @@ def test_the_bytes_of_the_local_run_on_all_replicas_though_one_is_killed(local: 
     killed: list[int] = []
 
     @contextmanager
-    def engage(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Crew]:
-        yield killing(work_on_ray(ExtractStages(config, names)), killed)
+    def start_backend(config: ExtractConfig, names: tuple[str, str]) -> Iterator[Backend]:
+        yield killing(slides_on_ray(ExtractStages(config, names)), killed)
 
-    assert codes(config, engage) == CODES
+    assert codes(config, start_backend) == CODES
     assert killed
     assert bags(config) == bags(local)
     assert set(bags(config)) == {"large.h5", "small.h5"}

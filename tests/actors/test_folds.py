@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from actors.folds import do_jobs
-from engine.errors import ReplicaLostError
+from actors.backend import do_jobs
+from engine.core.errors import ReplicaLostError
 from mil.errors import SplitError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

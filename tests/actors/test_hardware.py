@@ -5,12 +5,12 @@ import os
 import pytest
 import ray
 
-from actors import hardware
-from actors.hardware import hardware_at, hardware_of_replicas
+from actors import backend
+from actors.backend import hardware_at, hardware_of_replicas
 from actors.replica import Seat
-from engine.config import RayConfig
-from engine.devices import Hardware, hardware_of
-from engine.errors import ClusterError
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError
+from engine.core.runtime import Hardware, hardware_of
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_private_ray_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(hardware, "joins_cluster", lambda _: False)
-    monkeypatch.setattr(hardware, "connect", None)  # it must not be started
+    monkeypatch.setattr(backend, "joins_cluster", lambda _: False)
+    monkeypatch.setattr(backend, "connect", None)  # it must not be started
     assert hardware_of_replicas(RayConfig(), "cpu") == hardware_of("cpu")
 
 

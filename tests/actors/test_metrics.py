@@ -12,13 +12,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from actors import metrics
 from actors.metrics import METRICS, RunMetrics, exposed_names
-from engine.arguments import PROJECT_ROOT
+from engine.core.cli import PROJECT_ROOT
 
 RUN = "runs/read back"
 SCRIPT = f"""
 from actors.cluster import connect
 from actors.metrics import RunMetrics
-from engine.config import RayConfig
+from engine.core.config import RayConfig
 
 with connect(RayConfig()):
     metrics = RunMetrics({RUN!r})

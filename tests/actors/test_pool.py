@@ -10,15 +10,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from denoiser_contract import DenoiserContract, bytes_of, decode_batch, tile_batch, tiny_model
 
 from actors import pool as pool_module
-from actors.denoiser import pack_model, unpack_model
+from actors.batches import PoolStats
+from actors.denoiser_actor import pack_model, unpack_model
 from actors.pool import DenoiserPool
-from actors.work import PoolStats
-from engine.config import RayConfig
-from engine.errors import ClusterError, ReplicaLostError
-from engine.predict import DenoiseTiles, LocalDenoiser, TileBatch
+from engine.core.config import RayConfig
+from engine.core.errors import ClusterError, ReplicaLostError
+from engine.sampling.denoiser import DenoiseTiles, LocalDenoiser, TileBatch
+from tests.support.denoiser_contract import DenoiserContract, bytes_of, decode_batch, tile_batch, tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 BATCHES = 8

@@ -8,21 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from killing import killing
-from written_slides import box, tissue, write_tiff
 
-from actors.slide_pipeline import work_on_ray
-from engine.config import RayConfig
-from engine.model.demo_encoder import DemoEncoder
-from engine.model.texture_encoder import RAW_DIM
+from actors.slide_pipeline import slides_on_ray
+from engine.core.config import RayConfig
+from engine.core.progress import Progress
+from engine.datasets.blocks import PrepareStages
+from engine.datasets.config import PrepareBlocks, PrepareConfig
+from engine.datasets.dataset import PreparedSet
+from engine.datasets.prepare import StartBackend, prepare
+from engine.model.encoders.demo import DemoEncoder
+from engine.model.encoders.texture import RAW_DIM
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.preparation import Engage, prepare
-from engine.preparation_blocks import PrepareStages
-from engine.preparation_config import PrepareBlocks, PrepareConfig
-from engine.prepared import PreparedSet
-from engine.progress import Progress
-from engine.slide_crew import Crew, work_alone
+from engine.pipeline.stages import Backend, local_backend
 from engine.slides.tissue import TissueConfig
+from tests.support.killing import killing
+from tests.support.written_slides import box, tissue, write_tiff
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 CODES = {"a": "", "none": "not_a_slide"}
@@ -44,12 +44,12 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> PrepareConfig:
     config = replace(config, finder=TissueConfig("everything"), blocks=PrepareBlocks(16, 4), keep_images=True)
     section = replace(config.model, source=str(folder / "tiny"), device="cpu", dtype="float32")
     config = replace(config, model=section, ray=RayConfig(batch_timeout_s=300))
-    assert codes(config, work_alone) == CODES
+    assert codes(config, local_backend) == CODES
     return config
 
 
-def codes(config: PrepareConfig, engage: Engage) -> dict[str, str]:
-    return {r.slide: r.code for r in prepare(config, engage, Progress())}
+def codes(config: PrepareConfig, start_backend: StartBackend) -> dict[str, str]:
+    return {r.slide: r.code for r in prepare(config, start_backend, Progress())}
 
 
 def arrays(config: PrepareConfig) -> dict[str, bytes]:
@@ -61,11 +61,11 @@ def test_the_arrays_of_the_local_run_though_an_encoder_is_killed(local: PrepareC
     killed: list[int] = []
 
     @contextmanager
-    def engage(stages: PrepareStages) -> Iterator[Crew]:
-        yield killing(work_on_ray(stages), killed)
+    def start_backend(stages: PrepareStages) -> Iterator[Backend]:
+        yield killing(slides_on_ray(stages), killed)
 
     config = replace(local, out=str(tmp_path / "ray"))
-    assert codes(config, engage) == CODES
+    assert codes(config, start_backend) == CODES
     assert killed
     assert arrays(config) == arrays(local)
     assert PreparedSet(config.out).count(2) == 2

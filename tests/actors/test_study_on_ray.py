@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from mil.config import ModelSection, StudyConfig, StudyOutput
-from mil.folds import one_by_one
+from engine._backends.jobs import on_ray
+from engine.core.runtime import one_by_one
+from mil.fit.training import TrainingConfig
+from mil.folds.config import ModelSection, StudyConfig, StudyOutput
 from mil.study import prepare, run
-from mil.train import on_ray
-from mil.training import TrainingConfig
-from tests.mil.known_cohort import write_cohort
+from tests.support.known_cohort import write_cohort
 
 
 @pytest.mark.ray

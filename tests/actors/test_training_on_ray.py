@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from known_run import LEARN, tiny_config, write_autoencoder, write_data
 
-from engine.errors import PreparedMismatchError
-from engine.training import joint
-from engine.training.joint_settings import JointConfig, WorkerSettings
+from engine.core.errors import PreparedMismatchError
+from engine.training.denoiser import train as denoiser_training
+from engine.training.denoiser.settings import JointConfig, WorkerSettings
+from tests.support.known_run import LEARN, tiny_config, write_autoencoder, write_data
 
 pytestmark = pytest.mark.ray
 
@@ -36,7 +36,7 @@ def test_one_ray_worker_gives_this_processes_bytes(root: Path, monkeypatch: pyte
     monkeypatch.chdir(root)
     here = tiny_config(root, "here", replace(LEARN, steps=4))
     there = replace(here, data="data", run="there", ray=WorkerSettings(workers=1))
-    joint.train(here)
+    denoiser_training.train(here)
     train_on_ray(there)
     expected, got = state_of(here), state_of(there)
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
@@ -62,7 +62,7 @@ def test_a_lost_worker_costs_the_steps_since_the_checkpoint(root: Path, monkeypa
     assert len(begun) == 2
     assert "continuing denoiser at step 2 of 4" in (root / "lost" / "log.txt").read_text()
     alone = tiny_config(root, "alone", replace(LEARN, steps=4))
-    joint.train(alone)
+    denoiser_training.train(alone)
     expected, got = state_of(alone), state_of(config)
     # AdamW moves a weight by the learning rate however small its gradient: where that is rounding alone, as of a bias
     # before a normalisation, two workers and one go different ways. A step lost or done twice would move them all.
@@ -76,7 +76,7 @@ def kill_once(mark: Path):
 
     def work(job: dict[str, Any]) -> None:
         from actors.training import _work
-        from engine.training.joint import DenoiserLesson
+        from engine.training.denoiser.train import DenoiserLesson
 
         losses, rank, begun = DenoiserLesson.losses, ray.train.get_context().get_world_rank(), []
 

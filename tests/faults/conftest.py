@@ -4,10 +4,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import launcher
 import pytest
-from ledger import Ledger
-from scene import LONG_RUN, Scene, bytes_of_run, make_inputs
+
+from tests.faults import launcher
+from tests.faults.ledger import Ledger
+from tests.faults.scene import LONG_RUN, Scene, bytes_of_run, make_inputs
 
 LEDGER = Ledger()
 LEFT_OUT: list[pytest.Item] = []

@@ -18,10 +18,10 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
-from forked import start
+from tests.support.forked import start
 
 Act = Literal["kill", "kill after", "term", "fill", "limit", "sleep"]
-COUNTED = ("os:fsync", "os:replace", "engine.image:Image.read", "engine.canvas:Canvas.commit")
+COUNTED = ("os:fsync", "os:replace", "engine.images.ome_zarr:Image.read", "engine.canvas.canvas:Canvas.commit")
 """Functions whose calls an undisturbed run counts, so that instants can be drawn from all of them."""
 
 
@@ -78,7 +78,9 @@ def _run(argv: list[str], log: str, fault: Fault | None, counts: str | None) -> 
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     import generate_large
+    from tests.support.chunk_writers import record_writers
 
+    record_writers()
     found: dict[str, itertools.count] = {}
     if fault is not None:
         _wrap(fault.at, _strike(fault))

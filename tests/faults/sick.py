@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from actors.denoiser import Answer, DenoiserActor
-from engine.predict import TileBatch
+from actors.denoiser_actor import Answer, DenoiserActor
+from engine.sampling.denoiser import EncodeBatch, TileBatch
 
 Sickness = Literal["killed", "hangs", "NaN", "wrong shape", "another batch's answer", "out of memory"]
 
@@ -40,12 +40,9 @@ def sick_actor(sickness: Sickness, tokens: Path, times: int, every: int = 2) -> 
             self.calls += 1
             if self.calls % every or (sickness != "out of memory" and not due()):
                 return super().denoise(batch, float32)
-            if sickness == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            if sickness == "hangs":
-                time.sleep(3600)
             if sickness == "out of memory":
                 return self._starved(due, batch, float32)
+            self._stop()
             answer = super().denoise(batch, float32)
             value: Any = answer.value
             broken = {
@@ -54,6 +51,18 @@ def sick_actor(sickness: Sickness, tokens: Path, times: int, every: int = 2) -> 
                 "another batch's answer": lambda: replace(value, key="joint/1/0/999"),
             }
             return replace(answer, value=broken[sickness]())
+
+        def encode(self, batch: EncodeBatch, float32: bool = False) -> Answer:
+            self.calls += 1
+            if self.calls % every == 0 and sickness in ("killed", "hangs") and due():
+                self._stop()
+            return super().encode(batch, float32)
+
+        def _stop(self) -> None:
+            if sickness == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if sickness == "hangs":
+                time.sleep(3600)
 
         def _starved(self, due: Callable[[], bool], batch: TileBatch, float32: bool) -> Answer:
             """Compute with a U-Net that finds no memory as long as there are tokens."""

@@ -7,12 +7,13 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from launcher import Fault, run
-from ledger import Ledger
-from scene import Scene
+
+from tests.faults.launcher import Fault, run
+from tests.faults.ledger import Ledger
+from tests.faults.scene import Scene
 
 LONG = pytest.mark.faults
-COMMIT = "engine.canvas:Canvas.commit"
+COMMIT = "engine.canvas.canvas:Canvas.commit"
 
 
 Half = Callable[[int], Path]
@@ -21,7 +22,7 @@ Half = Callable[[int], Path]
 
 @pytest.fixture(scope="module")
 def half(scene: Scene, tmp_path_factory: pytest.TempPathFactory) -> Half:
-    """Commit 1 is the noise, 2 and 3 are the steps of the joint pass, 4 is the begin of the refinement."""
+    """Commit 1 is the noise, 2 and 3 are the steps of 5x; 4 begins 20x from it, 5 and 6 are its steps; then refine."""
 
     @cache
     def killed_after(commit: int) -> Path:
@@ -44,7 +45,7 @@ def halve(path: Path) -> None:
 
 
 def chunks(folder: Path) -> list[Path]:
-    """The finest level's chunks of the commit that counts; the third one went into the first buffer."""
+    """The finest level's chunks of the commit that counts; the sixth one went into the first buffer."""
     return sorted(p for p in (folder / "canvas.zarr" / "20x" / "latent_0" / "c").rglob("*") if p.is_file())
 
 
@@ -75,7 +76,7 @@ def test_harmed_file(
     scene: Scene, ledger: Ledger, half: Half, tmp_path: Path,
     name: str, victim_of: Callable[[Path], Path], harm: Callable[[Path], None], named: str,
 ) -> None:  # fmt: skip
-    folder = shutil.copytree(half(3), tmp_path / "run")
+    folder = shutil.copytree(half(6), tmp_path / "run")
     with ledger.trial("damage", name) as trial:
         victim = victim_of(folder)
         good = victim.read_bytes()
@@ -92,10 +93,10 @@ def test_harmed_file(
 @pytest.mark.parametrize("behind", [pytest.param(1, marks=LONG), 2])
 def test_stale_state(scene: Scene, ledger: Ledger, half: Half, tmp_path: Path, behind: int) -> None:
     """One commit behind, the buffer it names still holds its step; two behind, it was written again."""
-    folder = shutil.copytree(half(4), tmp_path / "run")
+    folder = shutil.copytree(half(7), tmp_path / "run")
     with ledger.trial("damage", f"a stale state.json, {behind} commit{'s' * (behind > 1)} behind") as trial:
         newest = (folder / "state.json").read_bytes()
-        shutil.copy(half(4 - behind) / "state.json", folder / "state.json")
+        shutil.copy(half(7 - behind) / "state.json", folder / "state.json")
         if behind > 1:
             code, said = run(scene.argv(folder), tmp_path / "log")
             assert code == 1
@@ -108,7 +109,7 @@ def test_stale_state(scene: Scene, ledger: Ledger, half: Half, tmp_path: Path, b
 @LONG
 def test_run_made_whole_by_a_restored_folder(scene: Scene, ledger: Ledger, half: Half, tmp_path: Path) -> None:
     """An older copy of the whole folder is consistent in itself."""
-    folder = shutil.copytree(half(1), tmp_path / "run")
+    folder = shutil.copytree(half(4), tmp_path / "run")
     with ledger.trial("damage", "the whole folder put back from an older copy") as trial:
         scene.assert_resumes(folder, tmp_path / "log")
         trial.outcome = "resumed from there"
@@ -125,7 +126,7 @@ def test_run_made_whole_by_a_restored_folder(scene: Scene, ledger: Ledger, half:
 def test_harmed_picture(scene: Scene, ledger: Ledger, tmp_path: Path, name: str, harm: Callable[[Path], None]) -> None:
     folder = tmp_path / "run"
     with ledger.trial("damage", name) as trial:
-        code, said = run(scene.argv(folder), tmp_path / "log", Fault("engine.outputs:export", 1, "kill"))
+        code, said = run(scene.argv(folder), tmp_path / "log", Fault("engine.generation.outputs:export", 1, "kill"))
         assert code == -signal.SIGKILL, said
         harm(folder / "image.ome.zarr" / "0" / "c" / "0" / "0" / "0")
         code, said = run(scene.argv(folder), tmp_path / "log")

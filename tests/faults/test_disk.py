@@ -7,27 +7,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launcher import Fault, run
-from ledger import Ledger
-from scene import Scene
+
+from tests.faults.launcher import Fault, run
+from tests.faults.ledger import Ledger
+from tests.faults.scene import Scene
 
 LONG = pytest.mark.faults
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own can be mounted by root only")
 FULL_AT = {
-    "engine.canvas:Canvas.write": ("a step", 3),
-    "engine.canvas:Canvas.commit": ("a commit", 2),
-    "engine.image:Image.create": ("the begin of decoding", 1),
-    "engine.image:Image.write": ("decoding", 1),
-    "engine.image:Image.build_pyramid": ("the pyramid", 1),
-    "engine.exports.formats:write_tiff": ("export of TIFF", 1),
-    "engine.exports.formats:write_ome_tiff": ("export of OME-TIFF", 1),
-    "engine.exports.formats:write_dzi": ("export of Deep Zoom", 1),
-    "engine.exports.formats:write_png": ("export of PNG", 1),
-    "engine.outputs:write_preview": ("the preview", 1),
-    "engine.outputs:write_report": ("the report", 1),
+    "engine.canvas.canvas:Canvas.write": ("a step", 3),
+    "engine.canvas.canvas:Canvas.commit": ("a commit", 2),
+    "engine.images.ome_zarr:Image.create": ("the begin of decoding", 1),
+    "engine.images.ome_zarr:Image.write": ("decoding", 1),
+    "engine.images.ome_zarr:Image.build_pyramid": ("the pyramid", 1),
+    "engine.images.formats:write_tiff": ("export of TIFF", 1),
+    "engine.images.formats:write_ome_tiff": ("export of OME-TIFF", 1),
+    "engine.images.formats:write_dzi": ("export of Deep Zoom", 1),
+    "engine.images.formats:write_png": ("export of PNG", 1),
+    "engine.generation.outputs:write_preview": ("the preview", 1),
+    "engine.generation.outputs:write_report": ("the report", 1),
 }
 """Function → what it does in words, and at which call of it the disk fills up."""
-SHORT = ("engine.canvas:Canvas.write",)
+SHORT = ("engine.canvas.canvas:Canvas.write",)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_disk_filled_up_by_somebody_else(scene: Scene, ledger: Ledger, disk: Pat
 
 
 @LONG
-@pytest.mark.parametrize("at", ["engine.canvas:Canvas.write", "engine.exports.formats:write_tiff"])
+@pytest.mark.parametrize("at", ["engine.canvas.canvas:Canvas.write", "engine.images.formats:write_tiff"])
 def test_file_size_limit(scene: Scene, ledger: Ledger, tmp_path: Path, at: str) -> None:
     what, call = FULL_AT[at]
     with ledger.trial("disk", f"file size limit reached during {what}") as trial:
@@ -75,8 +76,8 @@ def test_file_size_limit(scene: Scene, ledger: Ledger, tmp_path: Path, at: str) 
 @pytest.mark.parametrize(
     ("when", "at"),
     [
-        ("sampling", "engine.canvas:Canvas.commit"),
-        ("exports", "engine.outputs:export"),
+        ("sampling", "engine.canvas.canvas:Canvas.commit"),
+        ("exports", "engine.generation.outputs:export"),
     ],
 )
 def test_folder_that_became_read_only(

@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launcher import COUNTED, Fault, Started, run
-from ledger import Ledger
-from scene import Scene
+
+from tests.faults.launcher import COUNTED, Fault, Started, run
+from tests.faults.ledger import Ledger
+from tests.faults.scene import Scene
 
 LONG = pytest.mark.faults
 RANDOM_MOMENTS = 10
@@ -17,18 +18,18 @@ COUNTED_MOMENTS = {
     ("os:fsync", "kill"): 6,
     ("os:replace", "kill"): 4,
     ("os:replace", "kill after"): 4,
-    ("engine.image:Image.read", "kill"): 4,
-    ("engine.canvas:Canvas.commit", "kill after"): 2,
+    ("engine.images.ome_zarr:Image.read", "kill"): 4,
+    ("engine.canvas.canvas:Canvas.commit", "kill after"): 2,
 }
 """Functions and how many of their calls are drawn: 20, and 10 moments at random make 30."""
 NAMES = {
     ("os:fsync", "kill"): "before an fsync (commits, exports)",
     ("os:replace", "kill"): "before a rename (chunks, state.json, exports)",
     ("os:replace", "kill after"): "after a rename",
-    ("engine.image:Image.read", "kill"): "inside an export",
-    ("engine.canvas:Canvas.commit", "kill after"): "after a commit",
+    ("engine.images.ome_zarr:Image.read", "kill"): "inside an export",
+    ("engine.canvas.canvas:Canvas.commit", "kill after"): "after a commit",
 }
-SHORT = (("os:replace", "kill"), ("engine.image:Image.read", "kill"))
+SHORT = (("os:replace", "kill"), ("engine.images.ome_zarr:Image.read", "kill"))
 INSTANTS = [
     pytest.param(at, act, number, marks=() if number == 0 and (at, act) in SHORT else LONG)
     for (at, act), count in COUNTED_MOMENTS.items()
@@ -91,10 +92,10 @@ def test_sigkill_again_and_again(scene: Scene, ledger: Ledger, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("when", "at", "call"),
     [
-        ("inside a step", "engine.canvas:Canvas.write", 4),
-        pytest.param("while the model is read", "engine.run:load_model", 1, marks=LONG),
+        ("inside a step", "engine.canvas.canvas:Canvas.write", 4),
+        pytest.param("while the model is read", "engine.generation.run:load_model", 1, marks=LONG),
         pytest.param("inside a commit", "os:fsync", 60, marks=LONG),
-        pytest.param("inside an export", "engine.exports.formats:write_dzi", 1, marks=LONG),
+        pytest.param("inside an export", "engine.images.formats:write_dzi", 1, marks=LONG),
     ],
 )
 def test_sigterm_says_how_to_resume(

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ledger import Ledger
-from scene import Scene
 
-from engine.arguments import PROJECT_ROOT
+from engine.core.cli import PROJECT_ROOT
+from tests.faults.ledger import Ledger
+from tests.faults.scene import Scene
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 QUIET = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(PROJECT_ROOT)}

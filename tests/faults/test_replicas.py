@@ -13,18 +13,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ledger import Ledger
-from scene import Scene
-from sick import Sickness, sick_actor
 
-from engine.arguments import parse
-from engine.config import RayConfig, RunConfig
-from engine.devices import hardware_of
-from engine.errors import ReplicaLostError
+from engine.core.cli import parse
+from engine.core.config import RayConfig
+from engine.core.errors import ReplicaLostError
+from engine.core.progress import Progress
+from engine.core.runtime import hardware_of
+from engine.generation.run import prepare, run
+from engine.generation.session import Backend
 from engine.model.zoomldm import ZoomLDM
-from engine.predict import DecodeBatch, DecodedBatch, TileBatch, TilePrediction
-from engine.progress import Progress
-from engine.run import Crew, prepare, run
+from engine.sampling.config import RunConfig
+from engine.sampling.denoiser import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
+from tests.faults.ledger import Ledger
+from tests.faults.scene import Scene
+from tests.faults.sick import Sickness, sick_actor
 
 LONG = pytest.mark.faults
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -39,21 +41,21 @@ def config_of(scene: Scene, folder: Path, ray: RayConfig) -> RunConfig:
     return replace(parse([*scene.flags, f"--output.folder={folder}"], RunConfig, "faults", ""), ray=ray)
 
 
-Engage = Callable[[ZoomLDM, RunConfig], AbstractContextManager[Crew]]
+StartBackend = Callable[[ZoomLDM, RunConfig], AbstractContextManager[Backend]]
 
 
-def on_pool(stats: dict[str, int], disturb: Callable | None = None) -> Engage:
+def on_pool(stats: dict[str, int], disturb: Callable | None = None) -> StartBackend:
     """Return what puts a run on a pool; `disturb` may stand between the coordinator and the pool."""
     from actors.pool import DenoiserPool
 
     @contextmanager
-    def engage(model: ZoomLDM, config: RunConfig) -> Iterator[Crew]:
+    def start_backend(model: ZoomLDM, config: RunConfig) -> Iterator[Backend]:
         with DenoiserPool(model, config.ray, threads=config.model.threads, device=config.model.device) as pool:
             pool.wait_ready()
-            yield Crew(disturb(pool) if disturb else pool, hardware_of("cpu"), lambda: pool.stats.replicas, dict)
+            yield Backend(disturb(pool) if disturb else pool, hardware_of("cpu"), lambda: pool.stats.replicas, dict)
             stats.update(restarts=pool.stats.restarts, retries=pool.stats.retries)
 
-    return engage
+    return start_backend
 
 
 SICK: list[tuple[Sickness, int, RayConfig, str]] = [
@@ -119,6 +121,9 @@ class Restless:
 
     def decode(self, batches: Iterable[DecodeBatch]) -> Iterator[DecodedBatch]:
         yield from self._disturbed(self._pool.decode(batches))
+
+    def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
+        yield from self._disturbed(self._pool.encode(batches))
 
     def _disturbed(self, answers: Iterator) -> Iterator:
         for answer in answers:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from mil import train as train_command
-from tests.mil.known_cohort import KnownCohort, write_cohort
-from tests.mil.known_study import QUICK
+from tests.support.known_cohort import KnownCohort, write_cohort
+from tests.support.known_study import QUICK
 
 
 @pytest.fixture(scope="session")

@@ -8,11 +8,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
-from engine.errors import EngineError
-from mil.attended import PICTURE_PX, TOP_TILES, attended, most_attended
-from mil.slide_fields import SlideFields
+from engine.core.errors import EngineError
+from mil.data.slide_fields import SlideFields
+from mil.report.attended import PICTURE_PX, TOP_TILES, attended, most_attended
 
 TILE = (16.0, 16.0)
 
@@ -63,6 +64,20 @@ def test_pictures_show_the_tiles(run: Path, tmp_path: Path) -> None:
     assert (around[-3, -3] > 250).all()  # beyond the slide
     inner = around[95:129, 95:129].mean((0, 1))
     np.testing.assert_allclose(inner, (120, 56, 0), atol=2)  # the tile is in the middle
+
+
+def test_pictures_are_of_the_series_of_the_features(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "slides").mkdir()
+    blue, green = (np.full((64, 128, 3), colour, np.uint8) for colour in ((0, 0, 200), (0, 200, 0)))
+    with tifffile.TiffWriter(tmp_path / "slides" / "yes.ome.tiff", ome=True) as tiff:
+        for pixels in (blue, green):
+            tiff.write(pixels, photometric="rgb", tile=(64, 64), metadata={"axes": "YXS"})
+    for series, wanted in ((None, (0, 0, 200)), (0, (0, 0, 200)), (1, (0, 200, 0))):
+        if series is not None:
+            with h5py.File(run / "folds/repeat0_fold0/attention.h5", "r+") as file:
+                file["yes"].attrs["series"] = series
+        tile = pictures_in(attended(run, SlideFields(tmp_path / "slides")))[0]
+        np.testing.assert_allclose(tile.mean((0, 1)), wanted, atol=3)
 
 
 def test_without_slides_it_says_how(run: Path) -> None:

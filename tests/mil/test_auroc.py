@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, brier_score_loss, roc_auc_score
 
-from mil.calibration import choose_threshold, fit_calibration
-from mil.metrics import FIGURES, Predictions, auprc, auroc, confusion, difference, interval, resamples
+from mil.fit.calibration import choose_threshold, fit_calibration
+from mil.fit.metrics import FIGURES, Predictions, auprc, auroc, confusion, difference, interval, resamples
 
 
 def predictions(count: int = 80, seed: int = 0, signal: float = 1.0, ties: bool = True) -> Predictions:

@@ -8,11 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
-from mil.cohort import Cohort, match_features, read_labels
+from mil.data.cohort import Cohort, match_features, read_labels
+from mil.data.feature_files import find_features
+from mil.data.tasks import Task, load_task
 from mil.errors import CohortError, TaskError
-from mil.featurefiles import find_features
-from mil.tasks import Task, load_task
-from tests.mil.known_cohort import KnownCohort, read_table, write_cohort, write_slide, write_table
+from tests.support.known_cohort import KnownCohort, read_table, write_cohort, write_slide, write_table
 
 Rows = list[dict[str, str]]
 
@@ -96,18 +96,84 @@ def test_slides_without_features(known: KnownCohort, hrd: Task) -> None:
     assert looked_at(known, hrd, skip=True).left_out == (("P001-S0", "no features file"),)
 
 
-def test_names_with_an_ending_are_recognised(known: KnownCohort, hrd: Task) -> None:
+def test_names_with_an_ending_are_matched_and_said(known: KnownCohort, hrd: Task) -> None:
     rows = [{**r, "slide": r["slide"] + ".svs"} for r in read_table(known.labels)]
     write_table(known.labels, rows)  # type: ignore[arg-type]
-    with pytest.raises(CohortError, match="ending such as .svs"):
+    found = looked_at(known, hrd)
+    assert ("P001-S0.svs", "P001-S0") in found.renamed
+    assert {slide.name for slide in found.slides} == {row["slide"].removesuffix(".svs") for row in rows}
+    rows[2]["slide"] = "p001-s0"  # case may mean something: named, never taken
+    write_table(known.labels, rows)  # type: ignore[arg-type]
+    with pytest.raises(CohortError, match="'p001-s0' is near 'P001-S0'"):
         looked_at(known, hrd)
+    assert looked_at(known, hrd, skip=True).left_out == (("p001-s0", "no features file (near 'P001-S0')"),)
 
 
 def test_rows_without_a_label_are_listed(known: KnownCohort, hrd: Task) -> None:
     rows = read_table(known.labels)
-    rows[2]["hrd_score"] = ""
+    rows[2]["hrd_score"], rows[3]["hrd_score"] = "", "#N/A"
     write_table(known.labels, rows)  # type: ignore[arg-type]
-    assert looked_at(known, hrd).left_out[0][0] == "P001-S0"
+    assert looked_at(known, hrd).left_out == (
+        ("P001-S0", "no label: hrd_score is empty"),
+        ("P002-S0", "no label: hrd_score is '#N/A'"),
+    )
+
+
+def by_status(negative: str | None = None) -> Task:
+    return Task("status", "status == pos", negative)
+
+
+@pytest.mark.parametrize("negative", [None, "status != pos", "status == neg"])
+def test_text_that_means_nothing_is_no_negative(tmp_path: Path, negative: str | None) -> None:
+    cells = ["pos", "neg", "NA", "None", "-", "Unknown", "[Not Available]", "\u200b", "neg", "pos"]
+    rows = [{"patient": f"p{i}", "slide": f"s{i}", "status": cell} for i, cell in enumerate(cells)]
+    write_table(tmp_path / "t.csv", rows)  # type: ignore[arg-type]
+    cohort = read_labels(tmp_path / "t.csv", by_status(negative))
+    assert cohort.labels == {"p0": 1, "p1": 0, "p8": 0, "p9": 1}
+    assert [name for name, _ in cohort.left_out] == [f"s{i}" for i in range(2, 8)]
+    assert cohort.texts == ((1, "pos", 2), (0, "neg", 2))
+
+
+def test_a_text_that_a_rule_names_is_a_label(tmp_path: Path) -> None:
+    rows = [{"patient": f"p{i}", "slide": f"s{i}", "er": cell} for i, cell in enumerate("+-+-")]
+    write_table(tmp_path / "t.csv", rows)  # type: ignore[arg-type]
+    with pytest.raises(CohortError, match=r"2 left out.*er is '-'.*negative: status == -"):
+        read_labels(tmp_path / "t.csv", Task("er", "er == +"))
+    assert read_labels(tmp_path / "t.csv", Task("er", "er == +", "er == -")).labels == {
+        f"p{i}": 1 - i % 2 for i in range(4)
+    }
+
+
+def test_another_case_than_the_rules_is_refused(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.csv", [{"patient": "p", "slide": "s", "status": "Pos"}])
+    with pytest.raises(TaskError, match=r"line 2 \(s\) has 'Pos'"):
+        read_labels(tmp_path / "t.csv", by_status())
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "told"),
+    [
+        ("patient", "NA", "line 2 lacks one"),
+        ("hospital", "n/a", "every slide needs a hospital"),
+        ("hospital", "b", "site must be spelt in one way.*'b' and 'B'"),
+        ("patient", "p001", "patient must be spelt in one way.*'p001' and 'P001'"),
+        ("source_patient", "P001 ", ""),
+        ("source_patient", "p001", "patient must be spelt in one way"),
+    ],
+)
+def test_names_in_the_table_that_would_leak(tmp_path: Path, hrd: Task, column: str, cell: str, told: str) -> None:
+    rows: list[dict[str, object]] = [
+        {"patient": f"P00{i}", "slide": f"s{i}", "hrd_score": 60 * i, "hospital": "AB"[i], "source_patient": "NA"}
+        for i in range(2)
+    ]
+    rows[0][column] = cell
+    write_table(tmp_path / "t.csv", rows)
+    task = replace(hrd, columns=replace(hrd.columns, site="hospital"))
+    if told:
+        with pytest.raises(CohortError, match=told):
+            read_labels(tmp_path / "t.csv", task)
+    else:
+        assert [s.source for s in read_labels(tmp_path / "t.csv", task).slides if s.synthetic] == ["P001"]
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine.bag_writer import write_bag
-from engine.errors import BagError
-from mil.dataset import ArrayBag, BagCache, StoredBag, as_bags, batches, collate, epoch_order, sample_rows
+from engine.core.errors import BagError
+from engine.features.bag_writer import write_bag
+from mil.data.dataset import ArrayBag, BagCache, StoredBag, as_bags, batches, collate, epoch_order, sample_rows
 from mil.errors import CohortError
-from tests.known_bag import known_features, known_plan
+from tests.support.known_bag import known_features, known_plan
 
 
 @pytest.fixture

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mil.dataset import as_bags
+from mil.data.dataset import as_bags
+from mil.fit.training import fit_scale
 from mil.models import MODELS, BagModel, ModelConfig, build_model, pooling
 from mil.models.transmil import pseudo_inverse
-from mil.training import fit_scale
 
 WIDTHS = (6, 4)
 
 
-def model_of(name: str, seed: int = 0) -> BagModel:
+def model_of(name: str, classes: int = 2, seed: int = 0) -> BagModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return build_model(ModelConfig(name, WIDTHS, hidden=16, attention=8, dropout=0.0)).eval()
+        return build_model(ModelConfig(name, WIDTHS, hidden=16, attention=8, dropout=0.0, classes=classes)).eval()
 
 
 def bag(count: int, seed: int = 1) -> Tensor:
@@ -30,16 +30,16 @@ def full(x: Tensor) -> Tensor:
     return torch.ones(x.shape[:2], dtype=torch.bool)
 
 
-@pytest.fixture(params=sorted(MODELS))
+@pytest.fixture(params=[(name, classes) for name in sorted(MODELS) for classes in (2, 3)], ids=str)
 def model(request: pytest.FixtureRequest) -> BagModel:
-    return model_of(request.param)
+    return model_of(*request.param)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 300])
 def test_any_number_of_instances_has_an_answer(model: BagModel, count: int) -> None:
     x = bag(count)
     out = model(x, full(x))
-    assert out.logit.shape == (1,)
+    assert out.logit.shape == ((1,) if model.config.classes == 2 else (1, 3))
     assert torch.isfinite(out.logit).all()
     assert out.attention.shape == (1, count)
     assert (out.attention >= 0).all()

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mil.errors import RunError
-from mil.overlay import BINS, AttentionMap, draw, geojson
+from mil.report.overlay import BINS, AttentionMap, draw, geojson
 
 
 def map_of(side: int = 4, tile: float = 512.0, size: tuple[int, int] | None = (4096, 4096)) -> AttentionMap:

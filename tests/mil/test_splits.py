@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from mil.cohort import Cohort, Slide
+from mil.data.cohort import Cohort, Slide
+from mil.data.splits import PARTS, Fold, check_division, divide, division_csv, read_division
+from mil.data.tasks import SplitScheme
 from mil.errors import LeakageError, SplitError
-from mil.splits import PARTS, Fold, check_division, divide, division_csv, read_division
-from mil.tasks import SplitScheme
 
 SCHEME = SplitScheme(folds=4, repeats=2)
 

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.arguments import PROJECT_ROOT, parse
-from engine.errors import CanvasMismatchError
-from engine.extraction_config import ExtractConfig
+from engine.core.cli import PROJECT_ROOT, parse
+from engine.core.errors import CanvasMismatchError
+from engine.core.runtime import one_by_one
+from engine.features.config import ExtractConfig
 from mil import train as train_command
-from mil.config import StudyConfig
+from mil.data.feature_files import open_features
 from mil.errors import LeakageError, RunError
-from mil.featurefiles import open_features
-from mil.folds import one_by_one, read_predictions
+from mil.fit.training import TrainingConfig
+from mil.folds.config import StudyConfig
+from mil.folds.folds import read_predictions
 from mil.study import prepare, run
-from mil.training import TrainingConfig
-from tests.mil.known_cohort import KnownCohort, read_table, write_cohort, write_slide, write_table
-from tests.mil.known_study import config_of
+from tests.support.known_cohort import KnownCohort, read_table, write_cohort, write_slide, write_table
+from tests.support.known_study import config_of
 
 
 def test_what_a_run_leaves(study: Path, known: KnownCohort) -> None:

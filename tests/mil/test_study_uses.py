@@ -10,17 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.errors import EngineError
+from engine.core.errors import EngineError
+from engine.core.runtime import one_by_one
 from mil import compare as compare_command
 from mil import heatmap as heatmap_command
 from mil import predict as predict_command
-from mil.comparison import contenders
 from mil.errors import CohortError, RunError
-from mil.folds import one_by_one, read_predictions
-from mil.saved import load_models
+from mil.fit.store import load_models
+from mil.folds.folds import read_predictions
+from mil.report.comparison import contenders
 from mil.study import prepare, run
-from tests.mil.known_cohort import CARRYING, KnownCohort, write_slide
-from tests.mil.known_study import config_of
+from tests.support.known_cohort import CARRYING, KnownCohort, write_slide
+from tests.support.known_study import config_of
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -109,7 +110,7 @@ def test_runs_of_other_patients_are_not_compared(study: Path, tmp_path: Path) ->
 def test_a_heatmap_of_a_tested_slide(study: Path, tmp_path: Path) -> None:
     Image.new("RGB", (400, 300), (230, 180, 210)).save(tmp_path / "thumb.jpg")
     out = tmp_path / "map"
-    argv = [str(study), "--slide=P001-S0", f"--picture={tmp_path / 'thumb.jpg'}", f"--out={out}"]
+    argv = [str(study), "--slide=P001-S0.svs", f"--picture={tmp_path / 'thumb.jpg'}", f"--out={out}"]
     assert heatmap_command.main(argv) == 0
     shapes = json.loads((tmp_path / "map.geojson").read_text())
     assert len(shapes["features"]) == 96
@@ -144,8 +145,8 @@ def test_pictures_that_cannot_be_placed(study: Path, tmp_path: Path, capsys: pyt
     assert heatmap_command.main([*argv, f"--picture={tmp_path / 'square.png'}"]) == 1
     assert "another shape" in capsys.readouterr().err
     assert heatmap_command.main([*argv, f"--picture={tmp_path / 'none.png'}"]) == 1
-    with pytest.raises(EngineError, match="P999"):
-        heatmap_command.computed_map(heatmap_command.HeatmapConfig(str(study), "P999"))
+    with pytest.raises(EngineError, match="'p001-s0' is near 'P001-S0'"):
+        heatmap_command.computed_map(heatmap_command.HeatmapConfig(str(study), "p001-s0"))
 
 
 def test_features_that_changed_since_are_refused(study: Path, known: KnownCohort, tmp_path: Path) -> None:

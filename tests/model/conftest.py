@@ -10,9 +10,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from engine.model.checkpoint import to_ldm_state_dict
 from engine.model.config import ModelConfig
-from engine.model.ldm_layout import UNET_PREFIX, ema_name
+from engine.model.weights.ldm_import import to_ldm_state_dict
+from engine.model.weights.ldm_names import UNET_PREFIX, ema_name
 from engine.model.zoomldm import ConditionerConfig, ZoomLDM, tiny_config
 
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.errors import CheckpointError
-from engine.model import cdm_store
+from engine.core.errors import CheckpointError
 from engine.model.cdm import CDM, CDMConfig
-from engine.model.cdm_store import conditioner_digest, load_cdm, read_cdm, read_published, save_cdm, write_published
+from engine.model.cdm_sampler import denoise_summaries, respaced_times
+from engine.model.weights.cdm import conditioner_digest, load_cdm, read_cdm, read_published, save_cdm, write_published
+from engine.model.weights.hub import DEMO
 from engine.model.zoomldm import ZoomLDM, digest
-from engine.summaries import denoise_summaries, respaced_times
 
 SIZES = {"tokens": 65, "channels": 32, "magnifications": 8, "width": 16, "layers": 2, "heads": 2}
 
@@ -228,5 +228,5 @@ def test_a_cdm_of_another_summarizer_is_refused(model: ZoomLDM, publish, tmp_pat
 def test_the_demo_has_one() -> None:
     cdm = load_cdm("demo")
     assert (cdm.config.tokens, cdm.config.magnifications) == (65, 5)
-    stored = Path(cdm_store.__file__).parent / "demo/cdm/model.safetensors"
+    stored = DEMO / "cdm/model.safetensors"
     assert stored.stat().st_size <= 3e6

@@ -13,10 +13,10 @@ from diffusers.models.autoencoders.vq_model import VQModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from engine.errors import CheckpointError
-from engine.model import checkpoint
-from engine.model.checkpoint import to_ldm_state_dict
-from engine.model.ldm_layout import UNET_PREFIX
+from engine.core.errors import CheckpointError
+from engine.model.weights import ldm_import
+from engine.model.weights.ldm_import import to_ldm_state_dict
+from engine.model.weights.ldm_names import UNET_PREFIX
 from engine.model.zoomldm import ConditionerConfig, ZoomLDM, digest, tiny_config
 
 Publish = Callable[..., Path]
@@ -194,7 +194,7 @@ def test_config_yaml_must_be_yaml_and_builds_no_objects(model: ZoomLDM, publish:
 
 def test_an_unknown_choice_of_weights_is_refused(model: ZoomLDM, publish: Publish) -> None:
     with pytest.raises(ValueError, match="weights must be one of"):
-        checkpoint.read(publish(model), "average")  # type: ignore[arg-type]
+        ldm_import.read(publish(model), "average")  # type: ignore[arg-type]
 
 
 # Our layout

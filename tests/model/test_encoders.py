@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine.errors import CheckpointError
-from engine.model import encoders
-from engine.model.demo_encoder import SQUASH, DemoEncoder
-from engine.model.encoders import EMBEDDED, ENCODERS, SSLEncoder, load_encoder
-from engine.model.ssl_encoder import digest_of
-from engine.model.texture_encoder import RAW_DIM, TextureEncoder, derivative_filters, raw_features
-from engine.model.vit_encoder import DINOV2_REG_L, PHIKON, UNI, build_vit, load_vit, load_weights, normalise
-from engine.slides.phantom import Phantom
+from engine.core.errors import CheckpointError
+from engine.model.encoders import registry
+from engine.model.encoders.base import digest_of
+from engine.model.encoders.demo import SQUASH, DemoEncoder
+from engine.model.encoders.registry import EMBEDDED, ENCODERS, SSLEncoder, load_encoder
+from engine.model.encoders.texture import RAW_DIM, TextureEncoder, derivative_filters, raw_features
+from engine.model.encoders.vit import DINOV2_REG_L, PHIKON, UNI, build_vit, load_vit, load_weights, normalise
+from engine.slides.phantom.render import Phantom
 
 DIM = 32
 RAW_OF_WAVES = [
@@ -411,7 +411,7 @@ def test_weights_come_from_the_hub_otherwise(monkeypatch: pytest.MonkeyPatch, tm
         asked.append((repo_id, list(filenames), what, flag))
         return tmp_path
 
-    monkeypatch.setattr(encoders, "locate_files", locate)
+    monkeypatch.setattr(registry, "locate_files", locate)
     save_file({"a": torch.zeros(1)}, tmp_path / DINOV2_REG_L.filename)
     for source in (None, "someone/copy"):
         with pytest.raises(CheckpointError, match="lacks"):

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from engine.errors import CheckpointError
-from engine.model import hub
+from engine.core.errors import CheckpointError
+from engine.model.weights import hub
 from engine.model.zoomldm import ZoomLDM
 
 ASK = """
 import sys, time
-from engine.errors import CheckpointError
-from engine.model.hub import locate, locate_cdm, locate_files
+from engine.core.errors import CheckpointError
+from engine.model.weights.hub import locate, locate_cdm, locate_files
 time.sleep = lambda seconds: print("waited", seconds)
 try:
     if sys.argv[1] == "model":
@@ -25,7 +25,7 @@ try:
     elif sys.argv[1] == "cdm":
         print(locate_cdm("StonyBrook-CVLab/ZoomLDM", "brca"))
     elif sys.argv[1] == "features":
-        from engine.model.encoders import load_encoder  # brings torch, which the others do without
+        from engine.model.encoders.registry import load_encoder  # brings torch, which the others do without
         load_encoder("phikon", flag="--features.encoder_source")
     else:
         print(locate_files("MahmoodLab/UNI", ["pytorch_model.bin"], "The SSL encoder UNI", "--model.encoder_source"))

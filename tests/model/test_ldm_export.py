@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine.errors import CheckpointError
-from engine.magnification import NAIP_SCALE
-from engine.model.checkpoint import load_tensors, read_ldm
+from engine.core.errors import CheckpointError
+from engine.core.units import NAIP_SCALE
 from engine.model.config import ModelConfig, published_config
-from engine.model.ldm_export import ldm_config, ldm_state, write_ldm
 from engine.model.networks import build_networks
-from engine.model.store import Weights
+from engine.model.weights.folder import Weights
+from engine.model.weights.ldm_export import ldm_config, ldm_state, write_ldm
+from engine.model.weights.ldm_import import load_tensors, read_ldm
 from engine.model.zoomldm import ZoomLDM, tiny_config
 
 

@@ -9,9 +9,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.model.checkpoint import WeightsChoice, convert, ldm_tables
-from engine.model.ldm_layout import ema_name, read_config
-from engine.model.store import expected_shapes
+from engine.model.weights.folder import expected_shapes
+from engine.model.weights.ldm_import import WeightsChoice, convert, ldm_tables
+from engine.model.weights.ldm_names import ema_name, read_config
 from engine.model.zoomldm import ModelConfig, ZoomLDM
 
 FLOAT32 = 3e-5

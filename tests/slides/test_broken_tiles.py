@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image as Pillow
-from written_slides import overwrite, ruler, tile_bytes, write_tiff
 
-from engine.errors import SlideError
-from engine.image import Image
-from engine.slides.backends.vendor import VendorLevels
+from engine.core.errors import SlideError
+from engine.images.ome_zarr import Image
+from engine.slides.backends.openslide import VendorLevels
 from engine.slides.slide import Slide, open_slide
+from tests.support.written_slides import overwrite, ruler, tile_bytes, write_tiff
 
 
 def small() -> np.ndarray:
@@ -238,3 +238,12 @@ def test_one_huge_strip_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     open_slide(path, mpp=0.5).close()
     monkeypatch.setattr("engine.slides.backends.tiff.MAX_SEGMENT_PX", 1000)
     assert refused(path) == "unsupported"
+
+
+@pytest.mark.parametrize(("tag", "value"), [("ImageLength", 0), ("ImageLength", 60_000), ("TileWidth", 16)])
+def test_a_header_that_does_not_fit_its_tiles_is_damaged(tmp_path: Path, tag: str, value: int) -> None:
+    """Found by flipping bytes: sizes of which the file does not hold the tiles."""
+    path = write_tiff(tmp_path / "a.tif", [small()], 0.5)
+    with tifffile.TiffFile(path, mode="r+b") as tiff:
+        tiff.pages.first.tags[tag].overwrite(value)
+    assert refused(path) == "not_a_slide"

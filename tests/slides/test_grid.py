@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from written_slides import bar_centres_um, box, overwrite, ruler, tile_bytes, write_tiff
 
-from engine.errors import SlideError
-from engine.slides.grid import GridConfig, TileGrid, plan_grid, read_parent
+from engine.core.errors import SlideError
 from engine.slides.slide import Slide, open_slide
+from engine.slides.tile_grid import GridConfig, TileGrid, plan_grid, read_parent
 from engine.slides.tissue import TissueMask
+from tests.support.written_slides import bar_centres_um, box, overwrite, ruler, tile_bytes, write_tiff
 
 
 def everything(slide: Slide) -> TissueMask:

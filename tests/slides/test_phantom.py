@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import tifffile
 
-from engine.slides.phantom import Phantom
-from engine.slides.phantom_slide import write_phantom_slide
+from engine.slides.phantom.render import Phantom
+from engine.slides.phantom.slide import write_phantom_slide
 
 DUCTS_UM = (2400.0, 500.0)
 """A corner in seed 5 with ducts, stroma and a little fat around it."""

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from engine.phantom_cohort import PhantomCohortConfig, draw_cohort, main
+from engine.phantom_cohort import main
+from engine.slides.phantom.cohort import PhantomCohortConfig, draw_cohort
 from engine.slides.slide import find_slides, slide_name
-from mil.cohort import read_labels
-from mil.tasks import load_task
+from mil.data.cohort import read_labels
+from mil.data.tasks import load_task
 
 
 def test_both_signs_make_a_patient_positive_and_one_alone_tells_little() -> None:

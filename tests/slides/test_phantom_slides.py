@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import tifffile
 
-from engine.phantom_slides import PhantomSlidesConfig, main, write_slides
-from engine.slides.phantom import Phantom
-from engine.slides.phantom_slide import write_phantom_slide
+from engine.phantom_slides import main
+from engine.slides.phantom.folder import PhantomSlidesConfig, write_slides
+from engine.slides.phantom.render import Phantom
+from engine.slides.phantom.slide import write_phantom_slide
 
 
 @pytest.mark.parametrize("varied", [False, True])

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from written_slides import METRES, ruler, write_geotiff, write_tiff
 
-from engine.errors import EngineError, SlideError
-from engine.slides.resolution import Claim, Claims, microns, ome_xml_claims, read_overrides, resolve, tiff_claim
+from engine.core.errors import EngineError, SlideError
+from engine.slides.resolution import Claim, Claims, ome_xml_claims, read_overrides, resolve, tiff_claim
 from engine.slides.slide import open_slide
+from engine.slides.units import microns
+from tests.support.written_slides import METRES, ruler, write_geotiff, write_tiff
 
 VENDOR, OME, TIFF = Claim("aperio.MPP", 0.25, 0.25), Claim("OME-XML", 0.3, 0.31), Claim("TIFF resolution", 0.4, 0.4)
 DPI_72 = Claim("TIFF resolution", 352.8, 352.8)
@@ -57,7 +58,8 @@ def test_a_file_without_a_scale_or_of_72_dpi(tmp_path: Path, dpi: int | None, co
 
 
 def test_units() -> None:
-    assert [microns(0.25, u) for u in ("", "µm", "micrometer")] == [0.25] * 3
+    assert [microns(0.25, u) for u in ("µm", "micrometer", "micron")] == [0.25] * 3
+    assert [microns(0.25, u) for u in ("", " ", None, 1)] == [None] * 4
     assert [microns(250, "nm"), microns(0.00025, "mm"), microns(1, "pixel")] == pytest.approx([0.25, 0.25, None])
     claim = tiff_claim((40000, 1), (20000, 1), 3)
     assert claim is not None

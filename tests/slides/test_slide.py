@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image as Pillow
-from written_slides import bar_centres_um, box, ruler, stretched, write_tiff
 
-from engine.errors import EngineError, SlideError
-from engine.exports.ngff import write_ngff
-from engine.image import Image
-from engine.slides.backends.levels import level_scale, plausible_levels
-from engine.slides.backends.vendor import VendorLevels
+from engine.core.errors import EngineError, SlideError
+from engine.images.ome_zarr import Image
+from engine.images.ome_zarr_export import write_ngff
+from engine.slides.backends.base import level_scale, plausible_levels
+from engine.slides.backends.openslide import VendorLevels
 from engine.slides.slide import OpenSlides, Slide, find_slides, open_slide, slide_name
+from tests.support.written_slides import bar_centres_um, box, ruler, stretched, write_tiff
 
 FINE, COARSE = 0.5, 2.0
 MARGIN_ROW_UM = 30.0

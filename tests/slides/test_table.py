@@ -4,12 +4,12 @@ import csv
 from pathlib import Path
 
 import numpy as np
-from written_slides import box, ruler, write_tiff
 
-from engine.slides.grid import GridConfig
+from engine.slides.inspect import format_table, inspect_slides, write_csv
 from engine.slides.slide import find_slides
-from engine.slides.table import format_table, inspect_slides, write_csv
+from engine.slides.tile_grid import GridConfig
 from engine.slides.tissue import TissueConfig
+from tests.support.written_slides import box, ruler, write_tiff
 
 
 def test_every_slide_has_a_row(tmp_path: Path) -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from written_slides import overwrite, tile_bytes, write_tiff
 
-from engine.errors import EngineError
-from engine.slides.phantom import Phantom
-from engine.slides.phantom_slide import _outline_um, _pen_share, _Slide, write_phantom_slide
+from engine.core.errors import EngineError, SlideError
+from engine.slides.geojson import read_tissue, write_tissue
+from engine.slides.phantom.render import Phantom
+from engine.slides.phantom.slide import _outline_um, _pen_share, _Slide, write_phantom_slide
 from engine.slides.slide import Slide, open_slide
 from engine.slides.tissue import Overview, TissueConfig, TissueMask, find_tissue, is_ink, optical_density, read_overview
-from engine.slides.tissue_geojson import read_tissue, write_tissue
+from tests.support.written_slides import overwrite, tile_bytes, write_tiff
 
 CONFIG = TissueConfig()
 IMAGES = Path(os.environ.get("ZOOMLDM_SHARED", Path(__file__).parents[3] / "shared")) / "images"
@@ -28,7 +28,7 @@ def glass_slide(folder: Path) -> Path:
 @pytest.mark.parametrize(("seed", "pen", "blur"), [(3, False, True), (4, True, True)])
 def test_dice_on_phantoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, pen: bool, blur: bool) -> None:
     """Seed 3 is mostly fat."""
-    monkeypatch.setattr("engine.slides.phantom.FINEST_MPP", 4.0)  # not 64 samples per px: it takes minutes
+    monkeypatch.setattr("engine.slides.phantom.render.FINEST_MPP", 4.0)  # not 64 samples per px: it takes minutes
     height, width, mpp = 450, 525, 4.0
     path = tmp_path / "a.tiff"
     write_phantom_slide(path, Phantom(seed), width, height, mpp, pen, blur)
@@ -189,3 +189,14 @@ def test_wrong_annotations_are_named(tmp_path: Path, slide: Slide, content: str,
     path.write_text(content)
     with pytest.raises(EngineError, match=message):
         read_tissue(path, slide, 8.0)
+
+
+def test_an_overview_larger_than_any_glass_is_refused_before_it_is_made(slide: Slide) -> None:
+    """A wrong µm/px, a wrong size in a damaged header or a typing error ask for petabytes."""
+    (slide.path.parent / "a.geojson").write_text("[]")
+    for ask in (lambda: read_overview(slide, 1e-4), lambda: read_tissue(slide.path.parent / "a.geojson", slide, 1e-4)):
+        with pytest.raises(
+            SlideError, match=r"must have at most 268435456 px; at 0.0001 µm/px.*--finder\.mpp"
+        ) as caught:
+            ask()
+        assert caught.value.code == "too_large"

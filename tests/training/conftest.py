@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.magnification import MagnificationScale
-from engine.training.data import Regions, box_average
+from engine.core.units import MagnificationScale
+from engine.training.demo.data import Regions, box_average
 
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 CELLS, SSL_DIM = 8, 16

@@ -5,7 +5,7 @@ import torch
 from diffusers import VQModel
 
 from engine.model.config import vae_arguments
-from engine.training.autoencoder import (
+from engine.training.demo.autoencoder import (
     PLAIN,
     Crops,
     PlainAutoencoder,
@@ -13,9 +13,9 @@ from engine.training.autoencoder import (
     lloyd_codebook,
     picture_loss,
     plain_loss,
-    psnr,
 )
-from engine.training.data import Regions
+from engine.training.demo.data import Regions
+from engine.training.pictures import psnr
 from engine.training.settings import AutoencoderSettings
 
 SHARES = (0.4, 0.2, 0.2, 0.2)

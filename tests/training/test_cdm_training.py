@@ -9,22 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from known_prepared import FACTS, write_set
-from known_run import write_data
 from torch import Tensor
 
-from engine.errors import EngineError, PreparedMismatchError
-from engine.magnification import MagnificationScale
+from engine.core.errors import EngineError, PreparedMismatchError
+from engine.core.units import MagnificationScale
+from engine.datasets.dataset import PreparedSet
 from engine.model.cdm import CDM, CDMConfig
-from engine.model.cdm_store import load_cdm, read_published
+from engine.model.cdm_sampler import sample_summaries
+from engine.model.weights.cdm import load_cdm, read_published
 from engine.model.zoomldm import ConditionerConfig, ZoomLDM, tiny_config
-from engine.prepared import PreparedSet
-from engine.summaries import sample_summaries
-from engine.training import cdm as training
-from engine.training.cdm import draw_batch, heldout_errors, train_cdm, x0_loss
-from engine.training.cdm_settings import CDMOptimiserSettings, CDMSizes, CDMTrainingConfig, SummarySettings
-from engine.training.loop import Optimisation, TrainingError
-from engine.training.summaries import GridFiles, open_windows, store_summaries
+from engine.training.cdm import train as training
+from engine.training.cdm.settings import CDMOptimiserSettings, CDMSizes, CDMTrainingConfig, SummarySettings
+from engine.training.cdm.summaries import GridFiles, open_windows, store_summaries
+from engine.training.cdm.train import draw_batch, heldout_errors, train_cdm, x0_loss
+from engine.training.optimisation import Optimisation, TrainingError
+from tests.support.known_prepared import FACTS, write_set
+from tests.support.known_run import write_data
 
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.arguments import parse
-from engine.magnification import MagnificationScale
-from engine.training.data import HELDOUT_SEED, Regions, Tile, as_images, as_pictures, region_seeds, render_region
+from engine.core.cli import parse
+from engine.core.units import MagnificationScale
+from engine.training.demo.data import HELDOUT_SEED, Regions, Tile, region_seeds, render_region
+from engine.training.pictures import as_images, as_pictures
 from engine.training.settings import DataSettings, DemoConfig
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from engine.training import run
-from engine.training.loop import TrainingError
+from engine.training.demo import run as demo_training
+from engine.training.optimisation import TrainingError
 from engine.training.settings import DataSettings, DemoConfig, ModelSettings
 
 
@@ -26,7 +26,7 @@ def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
     def stop(*_: Any) -> None:
         raise Reached
 
-    monkeypatch.setattr(run, "render_regions", stop)
+    monkeypatch.setattr(demo_training, "render_regions", stop)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)  # it would outlive the test
     return config
 
@@ -44,18 +44,18 @@ def test_a_run_of_other_settings_is_refused(begun: DemoConfig, change: dict[str,
     path = Path(begun.run) / "config.json"
     before = path.read_bytes()
     with pytest.raises(TrainingError, match=rf"config\.json must belong to this run.*{message}.*another run folder"):
-        run.train(replace(begun, **change))
+        demo_training.train(replace(begun, **change))
     assert path.read_bytes() == before
 
 
 def test_a_run_goes_on_with_the_same_settings_elsewhere(begun: DemoConfig) -> None:
     for config in (begun, replace(begun, out="elsewhere", threads=1, device="auto", checkpoint_s=5.0)):
         with pytest.raises(Reached):
-            run.train(config)
+            demo_training.train(config)
         assert json.loads((Path(begun.run) / "config.json").read_text()) == json.loads(json.dumps(asdict(config)))
 
 
 def test_a_new_folder_gets_its_configuration_first(begun: DemoConfig, tmp_path: Path) -> None:
     with pytest.raises(Reached):
-        run.train(replace(begun, run=str(tmp_path / "new"), seed=1))
+        demo_training.train(replace(begun, run=str(tmp_path / "new"), seed=1))
     assert json.loads((tmp_path / "new" / "config.json").read_text())["seed"] == 1

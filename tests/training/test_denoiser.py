@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.training.denoiser import noise_shares, noisy_latents, squared_errors, wanted_output
+from engine.training.denoiser.loss import noise_shares, noisy_latents, squared_errors, wanted_output
 
 
 def test_coarse_terms_are_errors_averaged_over_squares() -> None:

@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from known_run import LEARN, tiny_config, write_autoencoder, write_data
 from torch import Tensor
 
-from engine.training import joint
+from engine.training.denoiser import train as denoiser_training
+from engine.training.denoiser.settings import JointConfig
+from engine.training.denoiser.train import DenoiserLesson
 from engine.training.gradients import Group, ProcessGroup
-from engine.training.joint import DenoiserLesson
-from engine.training.joint_settings import JointConfig
-from engine.training.learning import ALONE, Learning
-from engine.training.loop import TrainingError
+from engine.training.optimisation import TrainingError
+from engine.training.trainer import ALONE, Learning
+from tests.support.known_run import LEARN, tiny_config, write_autoencoder, write_data
 
 HALVES = replace(LEARN, steps=4, drop_condition=0.5, accumulate=1)
 
@@ -38,7 +38,7 @@ def as_worker(rank: int, root: Path, accumulate: int) -> None:
     config = tiny_config(root, "two", replace(HALVES, accumulate=accumulate))
     gradient = first_gradient(replace(config, run=str(root / "gradient")), ProcessGroup())
     torch.save(gradient, root / f"gradient{rank}.pt")
-    joint.train(config, ProcessGroup())
+    denoiser_training.train(config, ProcessGroup())
     (root / f"named{rank}.txt").write_text(named_in_a_bad_step(replace(config, run=str(root / "bad"))))
     dist.destroy_process_group()
 
@@ -66,8 +66,8 @@ def test_two_workers_do_what_one_does(tmp_path: Path) -> None:
     write_data(tmp_path / "data", write_autoencoder(tmp_path / "vae"))
     config = tiny_config(tmp_path, "one", HALVES)
     alone = first_gradient(replace(config, run=str(tmp_path / "gradient")), ALONE)
-    joint.train(config)
-    joint.train(tiny_config(tmp_path, "two", replace(HALVES, steps=2)))  # one worker begins, two go on
+    denoiser_training.train(config)
+    denoiser_training.train(tiny_config(tmp_path, "two", replace(HALVES, steps=2)))  # one worker begins, two go on
     torch.multiprocessing.spawn(as_worker, (tmp_path, 2), nprocs=2)
     for rank in (0, 1):
         shared = torch.load(tmp_path / f"gradient{rank}.pt", weights_only=True)

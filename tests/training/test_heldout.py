@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from known_run import LEARN, NAMES, tiny_config, write_autoencoder, write_data
 from PIL import Image
 
-from engine.errors import PreparedMismatchError
-from engine.training import joint
-from engine.training.heldout import chosen_patches, eps_errors
-from engine.training.joint import DenoiserLesson, open_source
-from engine.training.joint_settings import HeldoutSettings, JointConfig
-from engine.training.loop import TrainingError
+from engine.core.errors import PreparedMismatchError
+from engine.training.denoiser import train as denoiser_training
+from engine.training.denoiser.settings import HeldoutSettings, JointConfig
+from engine.training.denoiser.train import DenoiserLesson, open_source
+from engine.training.denoiser.validation import chosen_patches, eps_errors
+from engine.training.optimisation import TrainingError
+from tests.support.known_run import LEARN, NAMES, tiny_config, write_autoencoder, write_data
 
 
 @pytest.fixture
@@ -36,11 +36,11 @@ def test_the_error_of_a_network_that_says_zero_is_the_noises_own(config: JointCo
     assert list(errors.values()) == pytest.approx([1.0] * 4, abs=0.03)
     assert eps_errors(lesson.model, source, 3) == errors
     assert [s.time for s in chosen_patches(source, 0, 4)] == [125, 375, 625, 875]
-    assert len({s.index for s in chosen_patches(source, 0, 4)}) == 4
+    assert len({s.patch for s in chosen_patches(source, 0, 4)}) == 4
 
 
 def test_a_training_measures_and_shows_its_average(config: JointConfig) -> None:
-    joint.train(config)
+    denoiser_training.train(config)
     figures = (Path(config.run) / "training.json").read_text()
     assert '"heldout_eps_mse"' in figures
     picture = np.asarray(Image.open(Path(config.run) / "samples.png"))

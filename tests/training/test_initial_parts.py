@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.errors import CheckpointError
-from engine.model.checkpoint import to_ldm_state_dict
+from engine.core.errors import CheckpointError
+from engine.model.weights.ldm_import import to_ldm_state_dict
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.training.initial_parts import PartName, read_part_weights
+from engine.training.denoiser.initial_weights import PartName, read_part_weights
 
 PARTS: tuple[PartName, ...] = ("unet", "vae", "conditioner")
 
@@ -52,7 +52,7 @@ def test_averaged_weights_of_the_unet_are_preferred(model: ZoomLDM, shared_free_
 
 @pytest.fixture
 def shared_free_ema(model: ZoomLDM, tmp_path: Path) -> Path:
-    from engine.model.ldm_layout import UNET_PREFIX, ema_name
+    from engine.model.weights.ldm_names import UNET_PREFIX, ema_name
 
     tensors = to_ldm_state_dict(model.as_weights())
     tensors |= {ema_name(k): v + 1 for k, v in tensors.items() if k.startswith(UNET_PREFIX)}

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from known_run import LEARN, NAMES, NETWORKS, learning, tiny_config, write_autoencoder, write_data
 from torch import Tensor
 
 from engine.model.zoomldm import ZoomLDM
-from engine.training import joint
-from engine.training.joint import DenoiserLesson
-from engine.training.joint_settings import JointConfig
-from engine.training.learning import Learning
+from engine.training.denoiser import train as denoiser_training
+from engine.training.denoiser.settings import JointConfig
+from engine.training.denoiser.train import DenoiserLesson
+from engine.training.trainer import Learning
+from tests.support.known_run import LEARN, NAMES, NETWORKS, learning, tiny_config, write_autoencoder, write_data
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def curve(run: str, root: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def straight(root: Path) -> JointConfig:
     config = tiny_config(root, "straight")
-    joint.train(config)
+    denoiser_training.train(config)
     return config
 
 
@@ -67,7 +67,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(root: Path, straight: JointConf
             '{"stage": "denoiser", "step": 5, "loss": 0.0}\n{"stage": "denoiser", "step": 6, "lo'
         )  # of a later kill, the last line torn
     assert learning(config).optimisation.step == 4
-    joint.train(config)
+    denoiser_training.train(config)
     expected, got = weights_of("straight", root), weights_of("killed", root)
     assert expected.keys() == got.keys()
     assert all(torch.equal(v, got[k]) for k, v in expected.items())
@@ -98,7 +98,7 @@ def test_the_log_tells_magnifications_and_bands_apart(root: Path, straight: Join
 
 def test_the_ldm_layout_holds_average_and_raw_weights(root: Path, straight: JointConfig) -> None:
     config = replace(straight, output=replace(straight.output, ldm=str(root / "ldm")))
-    joint.export(config)
+    denoiser_training.export(config)
     ours, theirs = ZoomLDM.from_pretrained(straight.output.folder), ZoomLDM.from_pretrained(root / "ldm")
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
     raw = ZoomLDM.from_pretrained(root / "ldm", weights="raw").unet.state_dict()
@@ -173,7 +173,7 @@ def test_draws_follow_the_weights_and_not_the_numbers_of_patches(root: Path) -> 
 
 def test_half_precision_with_a_scaled_loss_learns(root: Path) -> None:
     config = tiny_config(root, "half", replace(LEARN, steps=2), precision="float16")
-    joint.train(config)
+    denoiser_training.train(config)
     state = torch.load(root / "half" / "denoiser.pt", weights_only=True)
     assert state["scaler"]["scale"] > 0
     assert all(bool(v.isfinite().all()) for v in state["module"].values())

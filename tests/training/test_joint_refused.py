@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from known_run import LEARN, NAMES, NETWORKS, learning, tiny_config, write_autoencoder, write_data
 
-from engine.errors import CanvasError, CheckpointError, PreparedError, PreparedMismatchError
-from engine.magnification import MagnificationScale
+from engine.core.errors import CanvasError, CheckpointError, PreparedError, PreparedMismatchError
+from engine.core.units import MagnificationScale
 from engine.model.zoomldm import ZoomLDM
-from engine.training import joint
-from engine.training.joint import DenoiserLesson
-from engine.training.joint_settings import InitialSettings, JointConfig, OutputSettings
-from engine.training.loop import TrainingError
+from engine.training.denoiser import train as denoiser_training
+from engine.training.denoiser.settings import InitialSettings, JointConfig, OutputSettings
+from engine.training.denoiser.train import DenoiserLesson
+from engine.training.optimisation import TrainingError
+from tests.support.known_run import LEARN, NAMES, NETWORKS, learning, tiny_config, write_autoencoder, write_data
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +29,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def straight(root: Path) -> JointConfig:
     config = tiny_config(root, "straight", replace(LEARN, steps=2))
-    joint.train(config)
+    denoiser_training.train(config)
     return config
 
 
 def test_another_architecture_is_refused_by_name(root: Path, straight: JointConfig) -> None:
     wider = replace(straight, model=replace(NETWORKS, summarizer_mlp=32))
     with pytest.raises(TrainingError, match=r"model\.conditioner\.mlp was 64, now 32"):
-        joint.train(wider)
+        denoiser_training.train(wider)
     with pytest.raises(TrainingError, match=r"seed was 0, now 1"):
-        joint.train(replace(straight, seed=1))
+        denoiser_training.train(replace(straight, seed=1))
     assert json.loads((root / "straight" / "config.json").read_text())["seed"] == 0  # the values to go back to
 
 
@@ -60,7 +60,7 @@ def test_a_set_prepared_for_another_model_is_refused(
     monkeypatch.chdir(root)
     if not (root / "other").exists():
         torch.manual_seed(8)
-        ZoomLDM(joint.network_config(NETWORKS)).save_pretrained(root / "other")
+        ZoomLDM(denoiser_training.network_config(NETWORKS)).save_pretrained(root / "other")
     with pytest.raises(PreparedMismatchError, match=word):
         DenoiserLesson(tiny_config(root, "refused", **change))
 
@@ -134,7 +134,7 @@ def test_a_batch_that_workers_cannot_share_is_refused(root: Path) -> None:
 def test_a_token_model_learns_from_the_base_alone(root: Path) -> None:
     single = replace(NETWORKS, conditioner="token", magnifications=("20x",))
     config = tiny_config(root, "token", replace(LEARN, steps=2), model=single)
-    joint.train(config)
+    denoiser_training.train(config)
     model = ZoomLDM.from_pretrained(config.output.folder)
     assert model.config.scale == MagnificationScale(("20x",), 0.5)
     with pytest.raises(PreparedMismatchError, match="trained at the set's base"):
@@ -145,16 +145,16 @@ def test_the_ldm_layout_is_refused_before_training(root: Path) -> None:
     output = OutputSettings(folder=str(root / "no"), ldm=str(root / "no_ldm"))
     config = tiny_config(root, "no", model=replace(NETWORKS, unet_channels=(32, 64), groups=16), output=output)
     with pytest.raises(CheckpointError, match="norm_num_groups"):
-        joint.train(config)
+        denoiser_training.train(config)
 
 
 def test_the_ldm_layout_is_refused_to_a_whole_model_that_it_cannot_say(root: Path) -> None:
     """As to the demo, which predicts v: its configuration says nothing of that."""
     torch.manual_seed(7)
     whole = root / "v_prediction"
-    ZoomLDM(joint.network_config(replace(NETWORKS, prediction_type="v_prediction"))).save_pretrained(whole)
+    ZoomLDM(denoiser_training.network_config(replace(NETWORKS, prediction_type="v_prediction"))).save_pretrained(whole)
     output = OutputSettings(folder=str(root / "never"), ldm=str(root / "never_ldm"))
     config = tiny_config(root, "never", initial=InitialSettings(model=str(whole)), output=output)
     with pytest.raises(CheckpointError, match="no words for prediction_type='v_prediction'"):
-        joint.train(config)
+        denoiser_training.train(config)
     assert not (root / "never" / "denoiser.pt").exists()

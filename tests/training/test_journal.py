@@ -9,17 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.training import journal
+from engine.training import metrics_log
 from engine.training.gradients import Group
-from engine.training.journal import Journal
-from engine.training.loop import Conduct, Optimisation
+from engine.training.metrics_log import Journal
+from engine.training.optimisation import Conduct, Optimisation
 from engine.training.settings import OptimiserSettings
 
 
 def logged(run: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Do the steps that are left, each of one second and with the losses (step, step + 2); return all lines."""
     seconds, module = [0.0], nn.Linear(1, 1)
-    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
+    monkeypatch.setattr(metrics_log, "time", SimpleNamespace(monotonic=lambda: seconds[0]))
     figures = Journal(run, {"loss_at": ("20x",)}, every=3, tensorboard=False, group=Group())
     settings = OptimiserSettings(steps=steps, batch_size=2, warmup=0, decay="constant")
     conduct = Conduct(record=figures.record, align=3)

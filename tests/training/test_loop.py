@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.errors import CheckpointError
+from engine.core.errors import CheckpointError
 from engine.training.gradients import Group, GroupGradients
-from engine.training.loop import Conduct, Optimisation, TrainingError, learning_rate, step_rng
+from engine.training.optimisation import Conduct, Optimisation, TrainingError, learning_rate, step_rng
 from engine.training.settings import OptimiserSettings
 
 SETTINGS = OptimiserSettings(steps=8, batch_size=2, lr=0.01, warmup=2, ema=0.9, max_skipped=1)

@@ -5,17 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from known_run import NETWORKS, write_autoencoder, write_data
-from known_run import tiny_config as tiny_training
 from torch import Tensor
 
 from engine.model.summarizer import Summarizer
 from engine.model.zoomldm import ZoomLDM, tiny_config
-from engine.training.joint import DenoiserLesson
-from engine.training.joint_settings import JointConfig
-from engine.training.loop import TrainingError
-from engine.training.pathway import Pathway
-from engine.training.places import (
+from engine.training.denoiser.position_channels import Pathway
+from engine.training.denoiser.position_pretraining import (
     AttentionWatch,
     cell_shape,
     first_token,
@@ -26,7 +21,12 @@ from engine.training.places import (
     place_codes,
     seat_cells,
 )
+from engine.training.denoiser.settings import JointConfig
+from engine.training.denoiser.train import DenoiserLesson
+from engine.training.optimisation import TrainingError
 from engine.training.settings import PlaceSettings
+from tests.support.known_run import NETWORKS, write_autoencoder, write_data
+from tests.support.known_run import tiny_config as tiny_training
 
 SEVERAL = replace(NETWORKS, unet_channels=(32, 64), groups=8)
 """A path for places needs more than one channel per group."""
@@ -104,13 +104,19 @@ def test_attention_finds_its_own_cell_after_the_start(config: JointConfig) -> No
         return float(look_up_losses(heard, part.cells, part.dropped).mean())
 
     assert entropy(taught.model) < entropy(fresh.model) - 0.2
-    kept = DenoiserLesson(replace(config, places=PLACES))  # read from RUN/places.pt
-    assert all(torch.equal(a, b) for a, b in zip(taught.networks.parameters(), kept.networks.parameters(), strict=True))
+
+
+def test_places_are_kept_and_made_again_alike(config: JointConfig) -> None:
+    config = replace(config, places=replace(PLACES, token_steps=3, path_steps=3))
+
+    def parameters() -> list[Tensor]:
+        return list(DenoiserLesson(config).networks.parameters())
+
+    taught, kept = parameters(), parameters()  # the second time from RUN/places.pt
     (Path(config.run) / "places.pt").unlink()
-    again = DenoiserLesson(replace(config, places=PLACES))
-    assert all(
-        torch.equal(a, b) for a, b in zip(taught.networks.parameters(), again.networks.parameters(), strict=True)
-    )
+    again = parameters()
+    assert all(torch.equal(a, b) for a, b in zip(taught, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(taught, again, strict=True))
 
 
 def test_the_look_up_counts_at_first_and_not_in_the_end(config: JointConfig) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from forked import start
-from known_run import tiny_config, write_autoencoder, write_data
 
-from engine.arguments import PROJECT_ROOT, parse
+from engine.core.cli import PROJECT_ROOT, parse
 from engine.model.cdm import CDM, CDMConfig
 from engine.model.zoomldm import ZoomLDM
 from engine.train import main
-from engine.training.cdm_settings import CDMTrainingConfig
-from engine.training.joint_settings import JointConfig
+from engine.training.cdm.settings import CDMTrainingConfig
+from engine.training.denoiser.settings import JointConfig
+from tests.support.forked import start
+from tests.support.known_run import tiny_config, write_autoencoder, write_data
 
 
 def plain(value: Any) -> Any:

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from known_prepared import write_slide
-from known_run import NAMES, NETWORKS, write_autoencoder, write_data
 from torch import Tensor
 
-from engine.errors import CheckpointError, PreparedError, PreparedMismatchError
+from engine.core.errors import CheckpointError, PreparedError, PreparedMismatchError
+from engine.datasets.schema import read_set_facts
 from engine.model.zoomldm import ZoomLDM
-from engine.prepared_facts import read_set_facts
-from engine.training import vq
+from engine.training.autoencoder import train as autoencoder_training
+from engine.training.autoencoder.settings import VQConfig, VQSettings
+from engine.training.autoencoder.train import AutoencoderLesson
 from engine.training.cost import training_table
-from engine.training.joint_settings import InitialSettings, OutputSettings, WorkerSettings
-from engine.training.loop import TrainingError
-from engine.training.vq import AutoencoderLesson
-from engine.training.vq_settings import VQConfig, VQSettings
+from engine.training.denoiser.settings import InitialSettings, OutputSettings, WorkerSettings
+from engine.training.optimisation import TrainingError
+from tests.support.known_prepared import write_slide
+from tests.support.known_run import NAMES, NETWORKS, write_autoencoder, write_data
 
 LEARN = VQSettings(steps=12, batch_size=4, lr=3e-3, warmup=2, ema=0.5, crop_px=32)
 
@@ -36,7 +36,7 @@ def config_of(root: Path, images: bool = True) -> VQConfig:
 
 def test_the_loss_falls_and_the_autoencoder_is_written(tmp_path: Path) -> None:
     config = config_of(tmp_path)
-    vq.train(config)
+    autoencoder_training.train(config)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert losses[-1] < 0.95 * losses[0]
     written = ZoomLDM.from_pretrained(tmp_path / "model").vae.state_dict()
@@ -76,7 +76,7 @@ def test_a_set_of_another_domain_is_refused(tmp_path: Path, change: dict[str, An
     """Before a step: the slides could not be prepared again with what would be written."""
     config = config_of(tmp_path)
     with pytest.raises(PreparedMismatchError, match=word):
-        vq.train(replace(config, model=replace(NETWORKS, **change)))
+        autoencoder_training.train(replace(config, model=replace(NETWORKS, **change)))
 
 
 @pytest.mark.parametrize("names", [NAMES[:2], (*NAMES, "1.25x")])
@@ -111,7 +111,7 @@ def test_the_ldm_layout_is_refused_before_a_step(tmp_path: Path) -> None:
     output = replace(config.output, ldm=str(tmp_path / "ldm"))
     mute = replace(NETWORKS, prediction_type="v_prediction")
     with pytest.raises(CheckpointError, match="no words for prediction_type='v_prediction'"):
-        vq.train(replace(config, model=mute, output=output))
+        autoencoder_training.train(replace(config, model=mute, output=output))
     assert not (tmp_path / "run" / "autoencoder.pt").exists()
 
 
@@ -131,7 +131,7 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: py
     short = replace(LEARN, steps=4, batch_size=2)
     config = replace(config_of(tmp_path), checkpoint_s=1e-9, train=short, log_every=1)
     monkeypatch.setattr(AutoencoderLesson, "fidelity", lambda _: {})  # most of the time of so short a run
-    vq.train(replace(config, run=str(tmp_path / "whole")))
+    autoencoder_training.train(replace(config, run=str(tmp_path / "whole")))
     read = AutoencoderLesson.read
 
     def read_until(lesson: AutoencoderLesson, samples: Any, step: int) -> Any:
@@ -141,10 +141,10 @@ def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(AutoencoderLesson, "read", read_until)
     with pytest.raises(Killed):
-        vq.train(config)
+        autoencoder_training.train(config)
     monkeypatch.setattr(AutoencoderLesson, "read", read)
     assert torch.load(tmp_path / "run" / "autoencoder.pt", weights_only=True)["step"] == 2
-    vq.train(config)
+    autoencoder_training.train(config)
     (expected, curve), (got, again) = left_by(tmp_path / "whole"), left_by(tmp_path / "run")
     assert expected.keys() == got.keys()
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_names_its_patch_and_ends_the_run(
 
     monkeypatch.setattr(AutoencoderLesson, "losses", spoilt)
     with pytest.raises(TrainingError, match=re.escape(culprit)) as stop:
-        vq.train(config)
+        autoencoder_training.train(config)
     assert str(stop.value).count(" patch ") == 1
     assert not (tmp_path / "model").exists()
 
@@ -175,15 +175,15 @@ def test_images_that_are_cut_off_are_named(tmp_path: Path) -> None:
     path = tmp_path / "data" / "slides" / "left" / "10x" / "images.npy"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(PreparedError, match=r"left/10x/images\.npy must hold all of its .* it is cut off"):
-        vq.train(config)
+        autoencoder_training.train(config)
 
 
 def test_another_seed_or_set_is_not_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AutoencoderLesson, "fidelity", lambda _: {})
     config = replace(config_of(tmp_path), train=replace(LEARN, steps=1))
-    vq.train(config)
+    autoencoder_training.train(config)
     with pytest.raises(TrainingError, match="seed was 0, now 1"):
-        vq.train(replace(config, seed=1))
+        autoencoder_training.train(replace(config, seed=1))
     write_slide(tmp_path / "data", read_set_facts(tmp_path / "data"), "late", {"20x": [(0, 0)]}, images=True)
     with pytest.raises(TrainingError, match="data was"):
-        vq.train(config)
+        autoencoder_training.train(config)

@@ -3,13 +3,14 @@
 Invariant: a segment that a strict decoder refuses is damaged, even where a forgiving one would paint something.
 Tolerant JPEG decoders turn a broken stream into grey or shifted blocks and say nothing; libjpeg-turbo with warnings
 as errors (simplejpeg) notices most breaks: all cut streams, 98 % of the overwritten, 89 % of the zeroed and 20 % of
-single flipped bits, which mostly change little; tifffile 0, 54, 0 and 1 % (benchmarks/reading.py).
+single flipped bits, which mostly change little; tifffile 0, 54, 0 and 1 % (benchmarks/features/reading.py).
 The file is held open and read by position
 (`pread`), so threads share it and a file that is unlinked meanwhile stays readable. It does not know µm/px targets.
 """
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +19,103 @@ import simplejpeg
 import tifffile
 from numpy.typing import NDArray
 
-from engine.errors import UNREADABLE, SlideError
-from engine.slides.backends.arrays import ArrayLevels
-from engine.slides.backends.levels import Levels, Window, check_rgb, plausible_levels
-from engine.slides.resolution import Claim, Claims, geotiff_claim, ome_xml_claims, parse_number, tiff_claim
+from engine.core.errors import UNREADABLE, SlideError
+from engine.slides.backends.base import MAX_SEGMENT_PX, Levels, Window, check_rgb, plausible_levels
+from engine.slides.backends.choice import Choice
+from engine.slides.backends.tiff_pictures import channels_of, choose_series, claims_of
+from engine.slides.backends.zarr import ArrayLevels
+from engine.slides.resolution import Claims
+from engine.slides.samples.colours import (
+    APERIO_JPEG_2000,
+    JPEGS,
+    Colours,
+    check_aperio,
+    check_planes,
+    check_unsigned,
+    colours_of,
+    decompress,
+    kind_of,
+)
+from engine.slides.samples.cut_streams import JPEG_XR, is_whole_jpeg, is_whole_jpeg_xr, strict_jpeg, with_end
+from engine.slides.samples.validity import Samples, is_a_band, probes, samples_of, with_validity
 
 MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_SEGMENT_PX = 2**26
-"""A strip or tile is decoded whole: 200 MB. Larger ones make a slide unreadable in bounded memory."""
-_JPEG, _START = 7, b"\xff\xd8"
-_APERIO_CODECS = frozenset({1, 5, 7, 8, 32946})
-"""None, LZW, JPEG, deflate. Aperio's own JPEG 2000 (33003, 33005) goes to OpenSlide, which knows its colours."""
+_OLD_JPEG, _START = 6, b"\xff\xd8"
 
 
 def suits_aperio(path: Path) -> bool:
-    """Whether an SVS file is of a kind that is read here."""
+    """Whether an SVS file is read here: but for Aperio's own JPEG 2000, whose subsampled YCbCr OpenSlide converts.
+
+    Raises: SlideError `not_rgb` if such a file contradicts itself, which OpenSlide does not look at.
+    """
     with tifffile.TiffFile(path) as tiff:
-        return int(tiff.pages.first.compression) in _APERIO_CODECS
+        pages = [level.keyframe for level in tiff.series[0].levels]
+        if not any(int(page.compression) in APERIO_JPEG_2000 for page in pages):
+            return True
+        page = pages[0]
+        there = np.flatnonzero(page.databytecounts)[:1]
+        for i in there:
+            check_aperio(path.name, page, _at(tiff, int(page.dataoffsets[i]), int(page.databytecounts[i])))
+        return False
 
 
-def open_tiff(path: Path, name: str) -> Levels:
-    """Open a TIFF. Raises SlideError `not_a_slide`, `truncated`, `not_rgb`, `not_8_bit` or `unsupported`."""
+def open_tiff(path: Path, name: str, series: int | None = None, largest: int | None = None) -> Levels:
+    """Open one picture of a TIFF: number `series`, else its largest that is no label. `largest` px per segment are
+    decoded, MAX_SEGMENT_PX unless given.
+
+    Raises: SlideError `not_a_slide`, `truncated`, `not_rgb`, `not_8_bit`, `no_such_series` or `unsupported`.
+    """
     try:
         tiff = tifffile.TiffFile(path)
     except UNREADABLE as error:
         raise SlideError("not_a_slide", f"{name}: {path} must be a TIFF; it cannot be opened ({error}).") from error
     try:
-        return _open_series(path, name, tiff)
+        return _open_series(path, name, tiff, series, MAX_SEGMENT_PX if largest is None else largest)
     except UNREADABLE as error:
         raise SlideError("not_a_slide", f"{name}: the header of {path} is damaged ({error}). Copy it again.") from error
     finally:
         tiff.close()
 
 
-def _open_series(path: Path, name: str, tiff: tifffile.TiffFile) -> Levels:
-    series = max(tiff.series, key=lambda s: s.keyframe.imagelength * s.keyframe.imagewidth)
+def _open_series(path: Path, name: str, tiff: tifffile.TiffFile, wanted: int | None, largest: int) -> Levels:
+    series, choice = choose_series(tiff, name, wanted)
     page = series.keyframe
     _check_whole(name, tiff)
     levels = [level for level in series.levels if len(level.pages) == 1]
-    claims = _claims(tiff, series.pages[0] or page)
-    kind = tifffile.PHOTOMETRIC(page.photometric).name
-    if series.axes in ("SYX", "CYX") and series.shape[0] == 3:  # one plane per colour
-        check_rgb(name, 3, page.bitspersample, "RGB")
-        return ArrayLevels.of_tiff(path, name, tiff.series.index(series), claims)
-    check_rgb(name, page.samplesperpixel, page.bitspersample, kind)
+    claims = claims_of(tiff, series)
+    if series.axes in ("SYX", "CYX"):  # one plane per colour
+        planes = int(series.shape[0])
+        if planes == 3:
+            check_planes(name, page, channels_of(tiff, series))
+        else:
+            check_rgb(name, planes, page.bitspersample, kind_of(page))
+            check_unsigned(name, page.dtype)
+        if int(page.compression) in JPEGS | JPEG_XR:
+            raise SlideError(
+                "unsupported",
+                f"{name}: planes must be stored in a form whose damage is noticed; they are {page.compression!s}. "
+                "Write px together (for instance vips tiffsave --tile --pyramid).",
+            )
+        at = tiff.series.index(series)
+        found = ArrayLevels.of_tiff(path, name, at, claims, choice, samples_of(page, planes))
+        return with_validity(path, name, found, tiff, page)
     if series.axes != "YXS" or not levels:
+        check_rgb(name, page.samplesperpixel, page.bitspersample, kind_of(page))
         raise SlideError(
             "unsupported",
             f"{name}: a slide must be one picture of axes YXS; its axes are {series.axes}. Export one plane.",
         )
     pages: list[Any] = [level.keyframe for level in levels]
     kept = plausible_levels([(p.imagelength, p.imagewidth) for p in pages])
-    return TiffLevels(path, name, [pages[i] for i in kept], claims)
+    for i in kept:
+        if int(np.prod(_segment_shape(pages[i]))) > largest:
+            raise SlideError(
+                "unsupported",
+                f"{name}: its px must lie in tiles or strips of at most {largest} px; one has "
+                f"{_segment_shape(pages[i])}. Write it in tiles (for instance vips tiffsave --tile --pyramid).",
+            )
+    found = TiffLevels(path, name, [pages[i] for i in kept], claims, choice, tiff.is_ome)
+    return with_validity(path, name, found, tiff, page)
 
 
 def _check_whole(name: str, tiff: tifffile.TiffFile) -> None:
@@ -97,44 +143,34 @@ def _order(tiff: tifffile.TiffFile) -> Any:
     return "little" if tiff.byteorder == "<" else "big"
 
 
-def _claims(tiff: tifffile.TiffFile, page: Any) -> Claims:
-    claims: list[Claim] = []
-    objective = None
-    if page.description.startswith("Aperio"):
-        said = dict(part.split("=", 1) for part in page.description.split("|") if "=" in part)
-        said = {key.strip(): value.strip() for key, value in said.items()}
-        mpp, objective = parse_number(said.get("MPP")), parse_number(said.get("AppMag"))
-        claims += [Claim("aperio.MPP", mpp, mpp)] if mpp else []
-    if tiff.ome_metadata:
-        ome = ome_xml_claims(tiff.ome_metadata)
-        claims += ome.mpp
-        objective = objective or ome.objective
-    tags = [page.tags.get(key) for key in ("XResolution", "YResolution", "ResolutionUnit")]
-    x, y, unit = (tag.value if tag is not None else None for tag in tags)
-    # TIFF 6.0: no unit given is inch
-    claims += [c for c in (geotiff_claim(page.geotiff_tags), tiff_claim(x, y, int(unit or 2))) if c is not None]
-    return Claims(tuple(claims), objective)
-
-
 class TiffLevels:
     """Levels whose RGB segments lie in one file; safe to read from several threads."""
 
     reader = "tifffile"
 
-    def __init__(self, path: Path, name: str, pages: list[Any], claims: Claims) -> None:
-        """Use `open_tiff`."""
-        self.claims = claims
-        self.sizes = tuple((p.imagelength, p.imagewidth) for p in pages)
+    def __init__(
+        self, path: Path, name: str, pages: list[Any], claims: Claims, choice: Choice, is_ome: bool = False
+    ) -> None:  # fmt: skip
+        """Use `open_tiff`. A reduced level whose colours cannot be read is left out: the one above it has its px."""
+        self.claims, self.choice = claims, choice
         self._name, self._path = name, path
-        for page in pages:
-            if int(np.prod(_segment_shape(page))) > MAX_SEGMENT_PX:
-                raise SlideError(
-                    "unsupported",
-                    f"{name}: its px must lie in tiles or strips of at most {MAX_SEGMENT_PX} px; one has "
-                    f"{_segment_shape(page)}. Write it in tiles (for instance vips tiffsave --tile --pyramid).",
-                )
         self._fd = os.open(path, os.O_RDONLY)
-        self._segments = [_Segments(page, self._read) for page in pages]
+        self._segments: list[_Segments] = []
+        sizes = []
+        for number, page in enumerate(pages):
+            try:
+                colours = colours_of(name, page, partial(self._first_of, page), is_ome)
+            except SlideError:
+                if number == 0:
+                    raise
+                continue
+            self._segments.append(_Segments(page, self._read, colours))
+            sizes.append((page.imagelength, page.imagewidth))
+        self.sizes = tuple(sizes)
+        if self._segments[-1].alpha_is_a_band(self.sizes[-1]):
+            for segments in self._segments:
+                segments.samples = segments.samples.without_alpha()
+        self.reader += self._segments[0].samples.said
 
     def window(self, level: int, y: int, x: int, h: int, w: int) -> Window:
         """Return a window that lies inside the level."""
@@ -152,6 +188,11 @@ class TiffLevels:
     def __del__(self) -> None:
         if hasattr(self, "_fd"):
             self.close()
+
+    def _first_of(self, page: Any) -> bytes:
+        """Return the bytes of a page's first segment that has any; none if there is none."""
+        there = np.flatnonzero(page.databytecounts)
+        return self._read(page.dataoffsets[there[0]], page.databytecounts[there[0]]) if len(there) else b""
 
     def _read(self, offset: int, count: int) -> bytes:
         try:
@@ -174,16 +215,23 @@ def _segment_shape(page: Any) -> tuple[int, int]:
 class _Segments:
     """The tiles or strips of one page."""
 
-    def __init__(self, page: Any, read: Any) -> None:
+    def __init__(self, page: Any, read: Any, colours: Colours) -> None:
         self.shape = _segment_shape(page)
+        self._page, self._colours = page, colours
+        if colours.ycbcr is not None and colours.subsampling == (1, 1):
+            page.subsampling = (1, 1)  # tifffile takes YCbCr without the tag for subsampled, and refuses it
         self._columns = -(-page.imagewidth // self.shape[1])
         self._offsets, self._counts = page.dataoffsets, page.databytecounts
+        if min(len(self._offsets), len(self._counts)) < -(-page.imagelength // self.shape[0]) * self._columns:
+            raise ValueError(f"it lists {len(self._offsets)} tiles or strips, fewer than its size needs")
         self._decode_segment, self._tables = page.decode, page.jpegtables
         self._read = read
         self._is_tiled, self._height = bool(page.is_tiled), page.imagelength
-        # A fourth sample that is said to be no alpha (near infrared) is left out.
-        self._samples = 3 if tuple(page.extrasamples) == (tifffile.EXTRASAMPLE.UNSPECIFIED,) else page.samplesperpixel
-        self._is_jpeg = int(page.compression) == _JPEG and page.samplesperpixel == 3
+        self.samples = samples_of(page, page.samplesperpixel)
+        self._is_jpeg = int(page.compression) in JPEGS and page.samplesperpixel == 3
+        if int(page.compression) == _OLD_JPEG:  # some hold whole streams, others pieces that tags put together
+            there = np.flatnonzero(self._counts)[:1]
+            self._is_jpeg &= all(read(int(self._offsets[i]), 2) == _START for i in there)
         self._head = self._jpeg_head(page) if self._is_jpeg else b""
         self._strict_colours = self._is_jpeg and self._colours_agree()
 
@@ -206,6 +254,18 @@ class _Segments:
                 theirs = self._as_tifffile(data, int(index))
                 return theirs is not None and bool(np.abs(strict.astype(np.int16) - theirs).max() <= 2)
         return True
+
+    def alpha_is_a_band(self, size: tuple[int, int]) -> bool:
+        """Whether what the page of a size (h, w) calls alpha has the values of a band."""
+        if self.samples.alpha is None:
+            return False
+        raw, found = Samples(self.samples.alpha), [np.zeros(0, np.uint8)]
+        for index in sorted({i for probe in probes(*size) for _, _, i in self.under(*probe)}):
+            if self._counts[index]:
+                data = self._read(int(self._offsets[index]), int(self._counts[index]))
+                pixels = self._as_tifffile(data, index, raw)
+                found += [] if pixels is None else [pixels[..., 3].ravel()]
+        return is_a_band(np.concatenate(found))
 
     def under(self, y: int, x: int, h: int, w: int) -> Iterator[tuple[int, int, int]]:
         """Yield (top, left, number) of the segments under a window."""
@@ -234,21 +294,35 @@ class _Segments:
         return self._as_tifffile(data, index)
 
     def _strictly(self, data: bytes, index: int) -> NDArray[np.uint8] | None:
-        """Decode JPEG, None if anything is wrong with it."""
+        """Decode JPEG, None if anything is wrong with it; a stream that lacks its end marker alone is whole."""
         if data[:2] != _START:
             return None
         data = self._head + data[2:]
         try:
             if simplejpeg.decode_jpeg_header(data)[:2] != self._size(index):
                 return None
-            return simplejpeg.decode_jpeg(data, "RGB", strict=True)
+            return strict_jpeg(data)
         except ValueError:
             return None
 
-    def _as_tifffile(self, data: bytes, index: int) -> NDArray[np.uint8] | None:
+    def _as_tifffile(self, data: bytes, index: int, samples: Samples | None = None) -> NDArray[np.uint8] | None:
+        compression = int(self._page.compression)
+        if compression in JPEG_XR and not is_whole_jpeg_xr(data):
+            return None
+        if compression in JPEGS and self._page.samplesperpixel == 4 and not is_whole_jpeg(data, self._tables):
+            return None
+        raw = self._samples_of(data, index)
+        if raw is None and (mended := with_end(compression, data)) is not None:
+            raw = self._samples_of(mended, index)
+        return None if raw is None else self._colours.to_rgb((samples or self.samples).of(raw))
+
+    def _samples_of(self, data: bytes, index: int) -> NDArray[np.uint8] | None:
+        size = self._size(index)
         try:
+            if self._colours.subsampling != (1, 1):
+                return self._colours.unpack(decompress(self._page, data), *size)
             pixels, _, _ = self._decode_segment(data, index, jpegtables=self._tables)
         except UNREADABLE:
             return None
-        right = pixels is not None and pixels.shape[1:3] == self._size(index)
-        return pixels[0, ..., : self._samples] if right else None  # type: ignore[index]
+        right = pixels is not None and pixels.shape[1:3] == size
+        return pixels[0] if right else None  # type: ignore[index]

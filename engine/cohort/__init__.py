@@ -1,0 +1,1 @@
+"""Many pictures as one job: a table or a recipe in, pictures or bags with labels out."""

@@ -1,0 +1,1 @@
+"""What every room stands on: errors, units, settings, command line, runtime, files, progress, streaming."""

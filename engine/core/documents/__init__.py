@@ -1,0 +1,1 @@
+"""Documents that people read and write: tables in, pages out."""

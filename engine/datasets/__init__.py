@@ -1,0 +1,1 @@
+"""Training sets: what `engine.prepare` writes and training reads."""

@@ -1,0 +1,1 @@
+"""What is compared: sets of crops, their vectors, training references."""

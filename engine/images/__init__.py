@@ -1,0 +1,1 @@
+"""Finished pictures: OME-Zarr, pyramids, exports, and figures read off their pixels."""

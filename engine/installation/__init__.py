@@ -1,0 +1,1 @@
+"""What this machine and this installation offer, and what the engine will choose on them."""

@@ -1,0 +1,1 @@
+"""Encoders of self-supervised vectors: ViTs, texture, the demo's own."""

@@ -1,0 +1,1 @@
+"""Text → SSL grid: text towers, the prior over grids, and its sampler."""

@@ -1,0 +1,1 @@
+"""Replays that compare this machine's arithmetic with stored reference tensors."""

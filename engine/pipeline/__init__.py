@@ -1,0 +1,1 @@
+"""Work over many slides, block by block: stages, outcome per slide, reports."""

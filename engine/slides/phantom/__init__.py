@@ -1,0 +1,1 @@
+"""Procedural phantom slides: tissue, nuclei, noise, and whole slides of them."""

@@ -1,0 +1,1 @@
+"""Training of the CDM, which draws conditions."""

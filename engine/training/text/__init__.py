@@ -1,0 +1,1 @@
+"""Training of the text prior: captions → SSL vectors of the regions they describe."""

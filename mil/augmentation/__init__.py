@@ -1,0 +1,1 @@
+"""Does synthetic data help? Arms of one protocol on the same patients, with controls."""

@@ -1,0 +1,1 @@
+"""Fitting one classifier: training loop, calibration, metrics, stored models."""

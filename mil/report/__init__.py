@@ -1,0 +1,1 @@
+"""What a study tells people: figures, pages, overlays, attended tiles."""

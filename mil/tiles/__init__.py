@@ -1,0 +1,1 @@
+"""The tile-level probe: pictures of classes → vectors → plain classifiers → figures."""
