@@ -7,6 +7,7 @@ another one, or where exceptions are swallowed (a destructor, a callback). So an
 exception, and is raised again until the command ends or cleans up.
 """
 
+import atexit
 import codecs
 import io
 import os
@@ -198,9 +199,17 @@ def leave_early_on_signals() -> None:
         os.write(2, b"Interrupted. Nothing was begun; run the same command again.\n")
         os._exit(128 + number)
 
+    # Registered before the long imports, so it is called after what they register. What is left then takes
+    # milliseconds, and Python gives every handler back to the system, by which a signal would kill a command that is done.
+    atexit.register(_ignore_signals)
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, leave)
+
+
+def _ignore_signals() -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _leave_at_once_on_signals(code: int) -> None:

@@ -3,12 +3,15 @@
 import contextlib
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from engine.core import exits
+from engine.core.cli import PROJECT_ROOT
 from engine.core.errors import EngineError, SlideError
 from engine.core.exits import DONE, FAILED, PARTLY, SIGTERM_EXIT, exit_code
 from engine.slides.boundary import one_slide
@@ -113,3 +116,22 @@ def test_one_slide_is_no_place_to_lose_an_interruption() -> None:
         interrupted()
     with pytest.raises(SlideError), one_slide("a", Path("a.tif"), "read"):
         raise RuntimeError("damaged")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_end_changes_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """Python gives the handlers back before it clears the modules; a command that is done is done."""
+    command = tmp_path / "generate_large.py"
+    command.write_text(
+        "import os\n"
+        "import engine  # the first import of every command\n"
+        "from engine.core.exits import exit_code\n"
+        "class Late:\n"
+        f"    def __del__(self, pid=os.getpid(), kill=os.kill): kill(pid, {number:d})\n"
+        "late = Late()\n"
+        "raise SystemExit(exit_code('a', lambda: 3, lambda: 'Kept.'))\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(command)], cwd=PROJECT_ROOT, capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (3, "")
