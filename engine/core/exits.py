@@ -199,8 +199,8 @@ def leave_early_on_signals() -> None:
         os.write(2, b"Interrupted. Nothing was begun; run the same command again.\n")
         os._exit(128 + number)
 
-    # Registered before the long imports, so it is called after what they register. What is left then takes
-    # milliseconds, and Python gives every handler back to the system, by which a signal would kill a command that is done.
+    # Registered before the long imports, so it is called after what they register. Then Python gives every handler
+    # back to the system, and a signal would kill a command that is done.
     atexit.register(_ignore_signals)
     for number in _SIGNALS:
         if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
