@@ -4,6 +4,7 @@ Invariant: what was started here is gone on every way out; what was not is neith
 Source: Ray 2.60, `ray.init`; its "auto" and its default patience are not used, for the reasons given below.
 """
 
+import ctypes
 import logging
 import os
 import signal
@@ -109,7 +110,7 @@ def connect(config: RayConfig, *, num_cpus: int | None = None, store_bytes: int 
     started: set[psutil.Process] = set()
     with sigterm_as_exit() as take_sigterm:
         try:
-            with _rays_exits_named():
+            with _rays_exits_named(), _sigterm_kept():
                 if address is None:
                     start_private(num_cpus or len(os.sched_getaffinity(0)), store_bytes)
                 else:
@@ -118,7 +119,7 @@ def connect(config: RayConfig, *, num_cpus: int | None = None, store_bytes: int 
             started |= set(ray_descendants()) - before
             yield
         finally:
-            with _interrupts_held():
+            with _interrupts_held(), _sigterm_kept():
                 end_processes(started | set(ray_descendants()) - before)
 
 
@@ -184,10 +185,7 @@ def _join(address: str) -> None:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ignore Ctrl-C and SIGTERM inside: an impatient second one must not cut the clean-up short, which is bounded.
-
-    A second SIGTERM may still end the process: Ray's core puts the default action back while it shuts down.
-    """
+    """Ignore Ctrl-C and SIGTERM inside: an impatient second one must not cut the clean-up short, which is bounded."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -197,6 +195,33 @@ def _interrupts_held() -> Iterator[None]:
     finally:
         for name, handler in held.items():
             signal.signal(name, handler or signal.SIG_DFL)
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Keep what SIGTERM does while Ray's core starts or ends inside.
+
+    The core installs a handler that prints its stack and dies, and in its shutdown, a second long, the default action.
+    It calls sigaction itself, of which Python learns nothing, and has no setting. So a thread looks each millisecond,
+    with the functions that Python's own `signal` is made of.
+    """
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    get.argtypes, put.argtypes = [ctypes.c_int], [ctypes.c_int, ctypes.c_void_p]
+    get.restype = put.restype = ctypes.c_void_p
+    ours, over = get(signal.SIGTERM), threading.Event()
+
+    def keep() -> None:
+        while not over.wait(0.001):
+            if get(signal.SIGTERM) != ours:
+                put(signal.SIGTERM, ours)
+
+    thread = threading.Thread(target=keep, daemon=True, name="sigterm")
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """connect: what it starts is gone afterwards, what it did not start is left alone, and silence is an error in time."""
 
+import ctypes
 import json
 import os
 import signal
@@ -75,6 +76,26 @@ def test_no_process_is_left_behind(argument: str, number: signal.Signals | None,
         _, errors = script.communicate(timeout=250)
     assert script.returncode == code, errors
     assert [pid for pid in pids if psutil.pid_exists(pid)] == []
+
+
+def test_sigterm_is_taken_back_from_who_took_it_without_a_word() -> None:
+    """Ray's core calls sigaction itself, as `PyOS_setsig` does: Python's own record stays."""
+    get, put = ctypes.pythonapi.PyOS_getsig, ctypes.pythonapi.PyOS_setsig
+    put.argtypes, put.restype, get.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p, ctypes.c_void_p
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        ours = get(signal.SIGTERM)
+        with cluster._sigterm_kept():
+            put(signal.SIGTERM, None)  # the default action
+            until = time.monotonic() + 60
+            while get(signal.SIGTERM) != ours and time.monotonic() < until:
+                time.sleep(0.001)
+            assert get(signal.SIGTERM) == ours
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
 
 
 @pytest.mark.ray
