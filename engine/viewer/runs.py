@@ -227,10 +227,10 @@ class RunView:
             return None
 
     def figures(self) -> dict[str, Any]:
-        """Return what is known of the run for tables: seed, size, and the scores of its report; None for unknown."""
+        """Return what is known of the run for tables: seed, size, texts, scores of its report; None for unknown."""
         state, report = self.state(), _record(self.item.inside(self.item.path / REPORT))
         height, width = picture_size(state)
-        detail = report.get("detail")
+        detail, texts = report.get("detail"), state.keys.get("text_regions")
         said: dict[str, Any] = {
             "seed": state.keys.get("redo.seed", state.keys.get("sampling.seed")),
             "width": width, "height": height, "finished": state.progress.finished,
@@ -238,6 +238,7 @@ class RunView:
             "detail": _number(detail.get("gradient")) if isinstance(detail, dict) else None,
             "tiles_per_s": _number(report.get("tiles_per_s")), "dtype": state.keys.get("model.dtype"),
             "redo": state.keys.get("redo.region"),
+            "caption": "; ".join(map(str, texts)) if isinstance(texts, list) else None,
         }  # fmt: skip
         quality = _record(self.item.inside(self.item.path / "quality.json"))
         rows = quality.get("figures")

@@ -20,7 +20,7 @@ from tests.faults import interrupted
 from tests.faults.interrupted import Command, Running, Undisturbed, catches_signals, has_children, prints, writes
 from tests.faults.ledger import Ledger
 from tests.faults.scene import make_inputs
-from tests.support.known_cohort import write_cohort
+from tests.support.known_cohort import write_cohort, write_synthetic
 from tests.support.known_run import tiny_config, write_autoencoder, write_data
 from tests.support.known_study import QUICK
 from tests.support.tiny_run import store_model
@@ -110,10 +110,43 @@ def phantom_slides(folder: Path) -> Command:
 def superres(folder: Path) -> Command:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)).save(folder / "low.png")
     argv = [
-        *(str(folder / "low.png"), f"--model.source={store_model(folder)}", "--condition=none", *ON_CPU, ALONE),
+        *(str(folder / "low.png"), f"--model.source={store_model(folder)}", "--inversion.steps=2", *ON_CPU, ALONE),
         *("--scale=4", "--sampling.stride=250", "--sampling.weight=0", "--sampling.batch_size=2"),
     ]
-    return Command("engine.superres", argv, "--output.folder=", {"all": writes("run.lock")})
+    phases = {"start": writes("run.lock"), "sampling": writes("state.json")}
+    return Command("engine.superres", argv, "--output.folder=", phases)
+
+
+def sample(folder: Path) -> Command:
+    np.save(folder / "cells.npy", np.random.default_rng(0).normal(size=(16, 1, 1)).astype(np.float32))
+    argv = [
+        *(f"--model.source={store_model(folder)}", f"--embeddings={folder / 'cells.npy'}", *ON_CPU),
+        *("--magnification=20x", "--count=6", "--steps=4", "--sampling.batch_size=1"),
+    ]
+    return Command("engine.sample", argv, "--folder=", {"first": writes("*.png"), "others": writes("*.png", 2)})
+
+
+def augment(folder: Path) -> Command:
+    known = write_cohort(folder)
+    argv = [
+        *("--task=hrd", f"--features={known.features}", f"--labels={known.labels}", *QUICK),
+        *(f"--synthetic={write_synthetic(folder / 'made', known)}", "--fractions=[1.0]"),
+    ]
+    phases = {"start": writes("config.yaml"), "first": writes("folds/*"), "others": writes("folds/*", 4)}
+    return Command("mil.augment", argv, "--output.folder=", phases)
+
+
+def probe(folder: Path) -> Command:
+    rng = np.random.default_rng(0)
+    for kind, bright in (("dark", 80), ("pale", 200)):
+        (folder / "data" / kind).mkdir(parents=True)
+        for number in range(12):
+            picture = rng.normal(bright, 20, (256, 256, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(folder / "data" / kind / f"p{number}.png")
+    (folder / "task.yaml").write_text("name: tones\nclasses: [dark, pale]\nmpp: 0.5\nfolds: 2\npatient: '^(\\w+)'\n")
+    argv = [f"--task={folder / 'task.yaml'}", f"--data={folder / 'data'}", "--encoder=texture", "--hidden=8"]
+    phases = {"start": writes("config.yaml"), "vectors": writes("vectors/*")}
+    return Command("mil.probe", argv, "--out=", phases)
 
 
 COMMANDS: dict[str, Callable[[Path], Command]] = {
@@ -124,6 +157,10 @@ COMMANDS: dict[str, Callable[[Path], Command]] = {
     "train": train,
     "train-mil": train_mil,
     "phantom-slides": phantom_slides,
+    "superres": superres,
+    "sample": sample,
+    "augment": augment,
+    "probe": probe,
 }
 PHASES = {
     "generate": ("planning", "sampling", "exporting"),
@@ -133,6 +170,10 @@ PHASES = {
     "train": ("start", "steps"),
     "train-mil": ("start", "first fold", "second fold"),
     "phantom-slides": ("first", "others"),
+    "superres": ("start", "sampling"),
+    "sample": ("first", "others"),
+    "augment": ("start", "first", "others"),
+    "probe": ("start", "vectors"),
 }
 SHORT = {
     ("generate", "sampling"),

@@ -19,24 +19,13 @@ from mil.augmentation.trials import Trial, training_part
 from mil.errors import CohortError, LeakageError, RunError, SplitError, StudyError
 from mil.fit.training import TrainingConfig
 from mil.folds.config import ModelSection, StudyOutput
-from tests.support.known_cohort import KnownCohort, read_table, write_slide, write_table
+from tests.support.known_cohort import KnownCohort, read_table, write_slide, write_synthetic, write_table
 
 
 @pytest.fixture(scope="module")
 def synthetic(known: KnownCohort, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two synthetic bags of each patient, with the signs of its class."""
-    folder = tmp_path_factory.mktemp("synthetic")
-    (folder / "features").mkdir()
-    rows: list[dict[str, object]] = []
-    for number, (patient, label) in enumerate(known.truth.items()):
-        for copy in range(2):
-            name = f"made-{patient}-{copy}"
-            write_slide(folder / "features", name, bool(label), bool(label), 500 + 2 * number + copy, synthetic=True)
-            kind = ("HR proficient", "HR deficient")[label]
-            rows.append({"name": name, "label": kind, "patient": patient, "source_patient": patient, "status": "done"})
-    rows.append({"name": "lost", "label": "", "patient": "P001", "source_patient": "P001", "status": "failed"})
-    write_table(folder / "cohort.csv", rows)
-    return folder
+    return write_synthetic(tmp_path_factory.mktemp("synthetic"), known)
 
 
 def config_of(known: KnownCohort, synthetic: Path | None, folder: Path, **changes: object) -> AugmentConfig:

@@ -72,6 +72,12 @@ def finished_run(folder: Path) -> Path:
     return finish(run_at_work(folder, 8))
 
 
+def caption(run: Path, *texts: str) -> None:
+    """Let a run be one that was drawn from words."""
+    state = load_state(run / "state.json")
+    save_state(run / "state.json", replace(state, keys={**state.keys, "text_regions": list(texts)}))
+
+
 def slide_file(path: Path, mpp: float | None = 0.5, **options: Any) -> Path:
     """Write a slide with two levels."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from engine.viewer.places import look
 from engine.viewer.runs import Layer, RunView
 from engine.viewer.tiles import GoneError
 from tests.support.known_picture import HEIGHT, WIDTH
-from tests.support.known_view import KEYS, finish, finished_run, previews_of, publish, run_at_work
+from tests.support.known_view import KEYS, caption, finish, finished_run, previews_of, publish, run_at_work
 from tests.viewer.test_tiles import decoded
 
 
@@ -117,6 +117,13 @@ def test_figures(tmp_path: Path) -> None:
         4.25,
         12.5,
     )
+    assert found["caption"] is None
+
+
+def test_the_caption_is_the_texts_of_the_picture(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "run")
+    caption(run, "stroma", "much fat")
+    assert view_of(run).figures()["caption"] == "stroma; much fat"
 
 
 def test_before_and_after_a_redo(tmp_path: Path) -> None:

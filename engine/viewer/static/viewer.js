@@ -3,7 +3,7 @@
 /* global OpenSeadragon */
 const OSD = OpenSeadragon;
 const LARGEST_GEOJSON = 32 * 2 ** 20;
-const COLUMNS = [["name", "name"], ["seed", "seed"], ["kid", "KID"], ["detail", "detail"],
+const COLUMNS = [["name", "name"], ["caption", "caption"], ["seed", "seed"], ["kid", "KID"], ["detail", "detail"],
   ["agreement", "agreement, dB"], ["seam", "seam score"]];
 const $ = (id) => document.getElementById(id);
 const NO_SCALE = "No scale bar: µm/px is not stated";
@@ -22,6 +22,7 @@ async function ask(path, body) {
 }
 const tried = (work) => async (...given) => { try { await work(...given); } catch (error) { say(error.message); } };
 const number = (value, digits = 4) => value == null ? "not known" : String(Number(Number(value).toPrecision(digits)));
+const told = (value) => typeof value === "number" ? number(value) : String(value);
 const duration = (s) => s == null ? "not known yet" : s < 90 ? `${Math.round(s)} s` : `${Math.round(s / 60)} min`;
 
 // ---- one picture
@@ -358,7 +359,8 @@ async function showSheet() {
 }
 function showCards() {
   const key = $("sort").value, words = $("filter").value.toLowerCase().split(/\s+/).filter(Boolean);
-  const text = ({ name, kind, seed, width, height }) => `${name} ${kind} seed=${seed} ${width}x${height}`.toLowerCase();
+  const text = ({ name, kind, seed, width, height, caption }) =>
+    `${name} ${kind} seed=${seed} ${width}x${height} ${caption || ""}`.toLowerCase();
   const found = rows.filter((row) => words.every((word) => text(row).includes(word)));
   found.sort((a, b) => (a[key] == null) - (b[key] == null)
     || (typeof a[key] === "number" ? a[key] - b[key] : String(a[key]).localeCompare(String(b[key]))));
@@ -371,7 +373,7 @@ function card(row) {
   const src = `/thumb/${row.id}?v=${encodeURIComponent(row.version || "")}`;
   link.append(...(row.problem ? [] : [el("img", { src, alt: "", loading: "lazy" })]), row.name);
   for (const [key, title] of COLUMNS.slice(1)) {
-    if (row[key] != null) list.append(el("dt", { textContent: title }), el("dd", { textContent: number(row[key]) }));
+    if (row[key] != null) list.append(el("dt", { textContent: title }), el("dd", { textContent: told(row[key]) }));
   }
   const note = (className, textContent) => textContent ? [el("span", { className, textContent })] : [];
   const tick = el("input", { type: "checkbox", name: "chosen", value: row.id, onchange: pairing });
@@ -401,7 +403,7 @@ function showPanel() {
     "µm/px": item.mpp == null ? "not stated" : number(item.mpp), ...rest, ...(redo ? { redo: redo.join(", ") } : {}) };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value != null).map(([key, value]) =>
     el("tr", {}, el("td", { textContent: (COLUMNS.find(([name]) => name === key) || [, key.replaceAll("_", " ")])[1] }),
-      el("td", { textContent: typeof value === "number" ? number(value) : String(value) }))));
+      el("td", { textContent: told(value) }))));
   showLayers();
   showBox();
   showProgress();

@@ -16,7 +16,7 @@ import pytest
 from engine.viewer.config import ViewConfig
 from engine.viewer.server import ViewServer, running
 from tests.support.known_picture import HEIGHT, WIDTH
-from tests.support.known_view import finish, finished_run, previews_of, publish, run_at_work, slide_file
+from tests.support.known_view import caption, finish, finished_run, previews_of, publish, run_at_work, slide_file
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (pip install playwright)")
@@ -115,6 +115,7 @@ def opened(chromium: Any) -> Iterator[Open]:
 def cohort(tmp_path: Path) -> Iterator[ViewServer]:
     for name in ("first <b>run<b>", "second 'run'"):
         finished_run(tmp_path / name)
+    caption(tmp_path / "second 'run'", "stroma", "much <b>fat")
     slide_file(tmp_path / "slides" / "s.tiff")
     with running(ViewConfig(str(tmp_path), port=0)) as server:
         yield server
@@ -171,6 +172,11 @@ def test_the_contact_sheet(cohort: ViewServer, opened: Open) -> None:
     seen.shot("sheet")
     seen.page.fill("#filter", "slide")
     seen.until("() => document.querySelectorAll('#cards li').length === 1")
+    seen.page.fill("#filter", "much lung")
+    seen.until("() => document.querySelectorAll('#cards li').length === 0")
+    seen.page.fill("#filter", "stroma <b>fat")
+    seen.until("() => document.querySelectorAll('#cards li').length === 1")
+    assert "stroma; much <b>fat" in seen.page.locator("#cards li").first.inner_text()
     seen.page.fill("#filter", "seed=7")
     seen.until("() => document.querySelectorAll('#cards li').length === 2")
     for box in seen.page.locator("input[name=chosen]").all():
