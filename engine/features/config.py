@@ -54,8 +54,8 @@ class ExtractConfig:
     synthetic: bool = False
     """True notes in every bag that the slides are generated, so that nobody tests a classifier on them."""
     encoders: tuple[str, ...] = ("zoomldm",)
-    """zoomldm and SSL encoders (demo, uni, dinov2-reg-l, phikon), all from one pass over the pixels. The bags of the
-    first are in `features`, of others in `features_NAME`."""
+    """zoomldm and SSL encoders (demo, texture, uni, dinov2-reg-l, phikon, and the CLIPs quiltnet, plip, clip), all from
+    one pass over the pixels. The bags of the first are in `features`, of others in `features_NAME`."""
     precision: Literal["float32", "float16"] = "float32"
     """Of the features on disk."""
     finder: TissueConfig = field(default_factory=TissueConfig)

@@ -48,7 +48,8 @@ class ProbeConfig:
     test: str | None = None
     """A second folder or table, all of which is tested."""
     encoder: str = "zoomldm"
-    """zoomldm (the U-Net's features), or an SSL encoder: demo, texture, uni, dinov2-reg-l, phikon."""
+    """zoomldm (the U-Net's features), or an SSL encoder: demo, texture, uni, dinov2-reg-l, phikon,
+    quiltnet, plip, clip."""
     validation: float = 0.2
     """Share of the training patients that chooses penalties and calibrates, where the set has no such part."""
     hidden: int = 256

@@ -84,6 +84,12 @@ ROWS: dict[str, Small | Held | Cannot] = {
     r"python -m engine\.train --config configs/train_text\.yaml": Cannot(
         "it needs captions and a GPU; tests/training/test_text_training.py trains a tiny prior"
     ),
+    r"python -m engine\.train --config configs/train_text\.yaml --captions\.train .*": Held(
+        "tests/training/test_pictured_training.py::test_it_learns_from_pictures_and_reads_texts"
+    ),
+    r"python -m engine\.extract_features .*\[quiltnet\].*": Held(
+        "tests/model/test_clip_vision.py::test_open_clips_file_is_the_same_network"
+    ),
     r"python generate_large\.py --redo .*": Small(LOCAL, REGIONS),
     r"python generate_large\.py --config configs/(brca|naip)\.yaml --(reference|embeddings) \S+( --plan)?": Small(
         f"{PICTURE} --model.variant null"

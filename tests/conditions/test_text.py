@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import generate_large
 from engine.conditions import conditions
@@ -197,7 +198,9 @@ def test_a_prior_of_a_published_tower_takes_that_one_alone(
     found = load_tower("quiltnet", None, tmp_path)
     sizes = TextPriorConfig(16, "unknown", tower="quiltnet", tower_digest=found.digest, text_dim=found.dim, window=2,
                             width=16, layers=1, heads=2)  # fmt: skip
-    save_prior(tmp_path / "prior", TextPrior(sizes))
+    prior = TextPrior(sizes)
+    torch.nn.init.normal_(prior.final.weight)  # a new one says the mean of everything
+    save_prior(tmp_path / "prior", prior)
     words = [f"--model.text_source={tmp_path / 'prior'}", f"--model.text_tower_source={tmp_path}", "--text=a fat"]
     argv = [*(flag for flag in inputs if not flag.startswith("--model.text_source")), *words]
     assert generate_large.main([*argv, f"--output.folder={tmp_path / 'run'}"]) == 0

@@ -386,7 +386,14 @@ def test_an_unknown_encoder_names_the_nearest(id: str, hint: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("id", "word"), [("demo", "demo encoder"), ("uni", "UNI's"), ("dinov2-reg-l", "DINOv2"), ("phikon", "Phikon")]
+    ("id", "word"),
+    [
+        ("demo", "demo encoder"),
+        ("uni", "UNI's"),
+        ("dinov2-reg-l", "DINOv2"),
+        ("phikon", "Phikon"),
+        ("quiltnet", "QuiltNet-B-32's"),
+    ],  # fmt: skip
 )
 def test_a_folder_without_the_file_is_refused(tmp_path: Path, id: str, word: str) -> None:
     with pytest.raises(CheckpointError, match=f"--model.encoder_source must be a .*{word}.*has none"):
@@ -426,4 +433,4 @@ def test_weights_come_from_the_hub_otherwise(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_nothing_needs_timm_or_torchvision() -> None:
     assert not {"timm", "torchvision"} & set(sys.modules)
-    assert ENCODERS == ("demo", "texture", "uni", "dinov2-reg-l", "phikon")
+    assert ENCODERS == ("demo", "texture", "uni", "dinov2-reg-l", "phikon", "quiltnet", "plip", "clip")

@@ -51,14 +51,14 @@ def test_rows_that_cannot_be_learned_from_are_listed(table: Path) -> None:
         ("a", 0, 0, 2, 2, "little fat"), ("a", 0, 1, 1, 1, "little stroma"),
         ("c", 0, 0, 1, 1, "another slide"),
     ]  # fmt: skip
-    assert {row.line: row.reason for row in found.left_out} == {
-        4: "the region leaves the slide, 3 x 2 cells of 256 px",
-        5: "the region covers no whole cell of 256 x 256 px",
-        6: "there is no grid of slide 'b'",
-        7: "it has no text",
-        8: "x, y, width and height must be numbers",
-        9: "the region covers no whole cell of 256 x 256 px",
-        10: "x, y, width and height must be numbers",
+    assert {row.where: row.reason for row in found.left_out} == {
+        "line 4": "the region leaves the slide, 3 x 2 cells of 256 px",
+        "line 5": "the region covers no whole cell of 256 x 256 px",
+        "line 6": "there is no grid of slide 'b'",
+        "line 7": "it has no text",
+        "line 8": "x, y, width and height must be numbers",
+        "line 9": "the region covers no whole cell of 256 x 256 px",
+        "line 10": "x, y, width and height must be numbers",
     }
     assert np.array_equal(found.grid(1), np.load(table / "a.npy")[:, :1, 1:2])
 

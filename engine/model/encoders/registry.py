@@ -1,4 +1,5 @@
-"""Encoders by name: the demo's own, texture, UNI, DINOv2 and Phikon, from the model folder, a local one or the Hub.
+"""Encoders by name: the demo's own, texture, UNI, DINOv2, Phikon and CLIPs, from the model folder, a local one or the
+Hub.
 
 It does not know networks (*_encoder.py) or pictures (reference.py). Nothing is substituted: an encoder that is not
 there is an error, because vectors of another network mean nothing to the conditioner.
@@ -14,16 +15,18 @@ from torch import Tensor
 
 from engine.core.errors import CheckpointError
 from engine.model.encoders.base import SSLEncoder
+from engine.model.encoders.clip import load_clip_vision
 from engine.model.encoders.demo import DemoEncoder
 from engine.model.encoders.texture import TextureEncoder
 from engine.model.encoders.vit import PUBLISHED, PublishedViT, digest_vit, load_vit
+from engine.model.weights.clip import CLIPS, PublishedCLIP
 from engine.model.weights.folder import read_safetensors
 from engine.model.weights.hub import locate_files
 
 __all__ = ["ENCODERS", "DemoEncoder", "SSLEncoder", "load_encoder"]
 
 DEMO, TEXTURE = "demo", "texture"
-ENCODERS = (DEMO, TEXTURE, *PUBLISHED)
+ENCODERS = (DEMO, TEXTURE, *PUBLISHED, *CLIPS)
 EMBEDDED = "encoder/model"
 """Where a model folder keeps its own encoder (`model.extras[EMBEDDED]`, encoder/model.safetensors)."""
 _WAY_ROUND = "or pass vectors that were computed elsewhere (--embeddings)"
@@ -54,7 +57,8 @@ def describe_encoder(
     if id in PUBLISHED:
         spec = PUBLISHED[id]
         return EncoderDescription(id, spec.width, digest_vit(spec, _folder_of(spec, source, flag), dtype))
-    small = load_encoder(id, source, extras, "cpu", dtype, flag)  # constants, and the whitening of the demo's
+    # The demo's and texture are constants and a whitening; of a CLIP the digest needs the file read whole anyway.
+    small = load_encoder(id, source, extras, "cpu", dtype, flag)
     return EncoderDescription(small.id, small.dim, small.digest)
 
 
@@ -81,19 +85,22 @@ def load_encoder(
         return _load_demo(source, extras or {}, device, flag)
     if id == TEXTURE:
         return TextureEncoder().to(device)
+    if id in CLIPS:
+        return load_clip_vision(id, _folder_of(CLIPS[id], source, flag), device, dtype)
     spec = PUBLISHED[id]
     return load_vit(spec, _folder_of(spec, source, flag), device, dtype)
 
 
-def _folder_of(spec: PublishedViT, source: str | Path | None, flag: str) -> Path:
-    """Return the folder that holds a published encoder's file, fetched if it is the Hub's."""
+def _folder_of(spec: PublishedViT | PublishedCLIP, source: str | Path | None, flag: str) -> Path:
+    """Return the folder that holds a published encoder's files, fetched if they are the Hub's."""
+    files = (spec.filename,) if isinstance(spec, PublishedViT) else spec.files
     if source is None or not Path(source).is_dir():
         repo_id = spec.repo_id if source is None else _hub_id(source, flag)
-        return locate_files(repo_id, [spec.filename], f"The SSL encoder {spec.title}", flag)
+        return locate_files(repo_id, files, f"The SSL encoder {spec.title}", flag)
     folder = Path(source)
-    if not (folder / spec.filename).is_file():
+    if lacking := [name for name in files if not (folder / name).is_file()]:
         raise CheckpointError(
-            f"{flag} must be a folder with {spec.title}'s {spec.filename}; {folder} has none. "
+            f"{flag} must be a folder with {spec.title}'s {' and '.join(lacking)}; {folder} has none. "
             f"Download it from https://huggingface.co/{spec.repo_id}, {_WAY_ROUND}."
         )
     return folder

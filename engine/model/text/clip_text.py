@@ -1,25 +1,23 @@
 """CLIP's text models as text towers: files of transformers and of open_clip, and the tokenizer, nothing of pictures.
 
 Invariant: what is read fits the network name by name; nothing in a file runs. It does not know priors or grids.
-Sources: Radford et al. 2021 (CLIP); open_clip's layout, whose q, k and v are one matrix.
+Source: Radford et al. 2021 (CLIP).
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float32
 from torch import Tensor
+from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from engine.core.errors import CheckpointError
 from engine.model.encoders.base import digest_of
 from engine.model.weights import ldm_import
+from engine.model.weights.clip import gelu_of, is_open_clip, renamed_blocks
 from engine.model.weights.folder import check_fit
-
-OPEN_CLIP_CONFIG = "open_clip_config.json"
-"""Beside open_clip's weights; says which GELU they were trained with."""
 
 
 class ClipText:
@@ -39,16 +37,49 @@ class ClipText:
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> tuple[Float32[Tensor, "b t e"], Bool[Tensor, "b t"]]:
-        read = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.context, return_tensors="pt")
-        read = {name: value.to(self.model.device) for name, value in read.items()}
+        read = self._read(texts)
         hidden = self.model.text_model(**read).last_hidden_state
         return hidden.float(), read["attention_mask"].bool()
+
+    @torch.no_grad()
+    def whole(self, texts: Sequence[str]) -> Float32[Tensor, "b p"]:
+        """Return each text as one vector of length 1, in the space that CLIP shares with pictures."""
+        return functional.normalize(self.model(**self._read(texts)).text_embeds.float(), dim=-1)
+
+    def _read(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        read = self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.context, return_tensors="pt")
+        return {name: value.to(self.model.device) for name, value in read.items()}
 
     def length(self, text: str) -> tuple[int, int]:
         return len(self.tokenizer(text)["input_ids"]), self.context
 
     def unknown(self, text: str) -> list[str]:
         return []  # CLIP reads bytes
+
+
+class WholeText:
+    """A CLIP's texts as single vectors less the mean text, for a prior that has learned from pictures in their place.
+
+    Texts and pictures lie apart in CLIP's space, so each side is taken from its own mean.
+    Source: Liang et al. 2022 (the gap between the two).
+    """
+
+    vocabulary: tuple[str, ...] = ()
+
+    def __init__(self, tower: ClipText, mean: Float32[Tensor, " p"]) -> None:
+        self.tower, self.mean = tower, mean
+        self.id, self.digest, self.dim = tower.id, tower.digest, len(mean)
+
+    def encode(self, texts: Sequence[str]) -> tuple[Float32[Tensor, "b 1 p"], Bool[Tensor, "b 1"]]:
+        vectors = self.tower.whole(texts)
+        tokens = (vectors - self.mean.to(vectors))[:, None]
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+
+    def length(self, text: str) -> tuple[int, int]:
+        return self.tower.length(text)
+
+    def unknown(self, text: str) -> list[str]:
+        return self.tower.unknown(text)
 
 
 def open_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -65,7 +96,8 @@ def read_clip_text(path: Path) -> CLIPTextModelWithProjection:
     Nothing in the file runs. Raises: CheckpointError.
     """
     tensors = ldm_import.load_tensors(path)
-    state = from_open_clip(tensors) if "token_embedding.weight" in tensors else {
+    open_clip = is_open_clip(tensors)
+    state = from_open_clip(tensors) if open_clip else {
         name: value for name, value in tensors.items()
         if name.startswith(("text_model.", "text_projection.")) and not name.endswith("position_ids")
     }  # fmt: skip
@@ -79,7 +111,7 @@ def read_clip_text(path: Path) -> CLIPTextModelWithProjection:
         intermediate_size=state["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
         max_position_embeddings=state["text_model.embeddings.position_embedding.weight"].shape[0],
         projection_dim=state["text_projection.weight"].shape[0],
-        hidden_act="quick_gelu" if _quick(path, "token_embedding.weight" in tensors) else "gelu",
+        hidden_act=gelu_of(path, open_clip),
         eos_token_id=vocab - 1, bos_token_id=vocab - 2,
     )  # fmt: skip
     model = CLIPTextModelWithProjection(config)
@@ -89,47 +121,17 @@ def read_clip_text(path: Path) -> CLIPTextModelWithProjection:
     return model
 
 
-def _quick(path: Path, open_clip: bool) -> bool:
-    """Say whether a network has OpenAI's quick GELU: transformers' files do, open_clip's say so beside them.
-
-    Raises: CheckpointError when they do not.
-    """
-    if not open_clip:
-        return True
-    said = path.with_name(OPEN_CLIP_CONFIG)
-    try:
-        return bool(json.loads(said.read_text(encoding="utf-8"))["model_cfg"].get("quick_gelu", False))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{said} must say how {path.name} was made; {error!r}. Fetch it beside it.") from error
-
-
 _OPEN_CLIP = (
     ("token_embedding.weight", "embeddings.token_embedding.weight"),
     ("positional_embedding", "embeddings.position_embedding.weight"),
     ("ln_final.weight", "final_layer_norm.weight"),
     ("ln_final.bias", "final_layer_norm.bias"),
 )
-_OPEN_CLIP_BLOCK = (
-    ("ln_1", "layer_norm1"),
-    ("ln_2", "layer_norm2"),
-    ("attn.out_proj", "self_attn.out_proj"),
-    ("mlp.c_fc", "mlp.fc1"),
-    ("mlp.c_proj", "mlp.fc2"),
-)
 
 
 def from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return transformers' names for the text model in an open_clip file; its q, k and v are one matrix there."""
+    """Return transformers' names for the text model in an open_clip file; others are left aside."""
     found = {f"text_model.{ours}": tensors[name] for name, ours in _OPEN_CLIP if name in tensors}
     if "text_projection" in tensors:
         found["text_projection.weight"] = tensors["text_projection"].T.contiguous()
-    blocks = sorted({int(name.split(".")[2]) for name in tensors if name.startswith("transformer.resblocks.")})
-    for i in blocks:
-        there, here = f"transformer.resblocks.{i}", f"text_model.encoder.layers.{i}"
-        for kind in ("weight", "bias"):
-            parts = tensors[f"{there}.attn.in_proj_{kind}"].chunk(3)
-            for name, part in zip("qkv", parts, strict=True):
-                found[f"{here}.self_attn.{name}_proj.{kind}"] = part.contiguous()
-            for name, ours in _OPEN_CLIP_BLOCK:
-                found[f"{here}.{ours}.{kind}"] = tensors[f"{there}.{name}.{kind}"]
-    return found
+    return found | renamed_blocks(tensors, "transformer.resblocks", "text_model.encoder.layers")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from engine.model.cdm import Attention, FeedForward, TimeEmbedder, modulated, modulation
 from engine.model.text.words import CrossAttention, WordTower, WordTowerConfig
 
+TOKENS, WHOLE = "tokens", "whole"
+
 
 @dataclass(frozen=True)
 class TextPriorConfig:
@@ -35,6 +37,8 @@ class TextPriorConfig:
     """SHA-256 of the tower's weights; None for the prior's own."""
     text_dim: int = 96
     """E, channels of the tower's tokens."""
+    reads: str = TOKENS
+    """"tokens" of a text, or "whole": one vector of a text, where it has learned from vectors of pictures."""
     window: int = 16
     """Cells on each axis of the largest grid it was trained on; wider ones are sampled in windows."""
     width: int = 384
@@ -42,6 +46,10 @@ class TextPriorConfig:
     heads: int = 6
 
     def __post_init__(self) -> None:
+        if self.reads not in (TOKENS, WHOLE) or (self.reads == WHOLE and self.tower == "words"):
+            raise ValueError(
+                f"a text prior reads tokens, or whole texts of a CLIP; got {self.reads!r} of {self.tower}."
+            )
         for name in ("ssl_dim", "text_dim", "window", "layers", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"a text prior's {name} must be at least 1; got {getattr(self, name)}.")
@@ -88,6 +96,8 @@ class TextPrior(nn.Module):
 
     mean: Tensor
     spread: Tensor
+    text_mean: Tensor
+    """(E,), what is taken from a whole text; only where it reads those."""
 
     def __init__(self, config: TextPriorConfig, words: WordTowerConfig | None = None) -> None:
         """Raises: ValueError unless there is a vocabulary exactly where the tower is the prior's own."""
@@ -97,6 +107,8 @@ class TextPrior(nn.Module):
         self.config, width = config, config.width
         self.register_buffer("mean", torch.zeros(config.ssl_dim))
         self.register_buffer("spread", torch.ones(config.ssl_dim))
+        if config.reads == WHOLE:
+            self.register_buffer("text_mean", torch.zeros(config.text_dim))
         self.words = None if words is None else WordTower(words)
         self.x_embedder = nn.Linear(config.ssl_dim, width)
         self.t_embedder = TimeEmbedder(width)

@@ -3,12 +3,9 @@
 A tower turns texts into tokens (B, T, E) and says which of them count. It does not know grids. Only a tokenizer and a
 text model are loaded, never a processor of pictures. What is not there is an error: tokens of another tower mean
 nothing to a prior.
-Sources: OpenAI CLIP ViT-B/32 (Radford et al. 2021, MIT); PLIP (Huang et al. 2023); QuiltNet-B-32 (Ikezogwo et al. 2023,
-MIT), whose file is open_clip's: its names are mapped to transformers' here.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +14,8 @@ from jaxtyping import Bool, Float32
 from torch import Tensor
 
 from engine.core.errors import CheckpointError
-from engine.model.text.prior import TextPrior
+from engine.model.text.prior import WHOLE, TextPrior
+from engine.model.weights.clip import CLIPS
 from engine.model.weights.hub import locate_files
 
 WORDS = "words"
@@ -87,33 +85,14 @@ class OwnWords:
         return self.tower.unknown(text)
 
 
-@dataclass(frozen=True)
-class PublishedTower:
-    """A text tower on the Hub."""
-
-    title: str
-    repo_id: str
-    files: tuple[str, ...]
-    """Its weights, and what else tells how to read them."""
-    tokenizer: str
-    """Repository of its tokenizer."""
-
-
-_OPENAI = "openai/clip-vit-base-patch32"
-PUBLISHED = {
-    "quiltnet": PublishedTower(
-        "QuiltNet-B-32", "wisdomik/QuiltNet-B-32", ("open_clip_pytorch_model.bin", "open_clip_config.json"), _OPENAI
-    ),
-    "plip": PublishedTower("PLIP", "vinid/plip", ("pytorch_model.bin",), "vinid/plip"),
-    "clip": PublishedTower("CLIP ViT-B/32", _OPENAI, ("pytorch_model.bin",), _OPENAI),
-}
-TOWERS = (WORDS, *PUBLISHED)
+TOWERS = (WORDS, *CLIPS)
 
 
 def load_tower(
     id: str, prior: TextPrior | None = None, source: str | Path | None = None, device: torch.device | str = "cpu"
 ) -> TextTower:
-    """Return a text tower in float32. `source` is a folder with its weights and its tokenizer; None asks the Hub.
+    """Return a text tower in float32, as `prior` reads it. `source` is a folder with its weights and its tokenizer;
+    None asks the Hub.
 
     Raises: ValueError for an unknown name; CheckpointError when files are missing, damaged or another network's.
     """
@@ -123,9 +102,14 @@ def load_tower(
         if prior is None or prior.words is None:
             raise CheckpointError("the text tower 'words' is part of a prior that was trained with it; there is none.")
         return OwnWords(prior)
-    from engine.model.text.clip_text import ClipText, open_tokenizer, read_clip_text  # transformers, seconds of import
+    from engine.model.text.clip_text import (  # transformers, seconds of import
+        ClipText,
+        WholeText,
+        open_tokenizer,
+        read_clip_text,
+    )
 
-    spec, flag = PUBLISHED[id], "--model.text_tower_source"
+    spec, flag = CLIPS[id], "--model.text_tower_source"
     if source is None:
         weights = locate_files(spec.repo_id, spec.files, f"The text tower {spec.title}", flag)
         words = locate_files(spec.tokenizer, TOKENIZER, f"The tokenizer of {spec.title}", flag)
@@ -139,4 +123,18 @@ def load_tower(
                 f"https://huggingface.co/{spec.tokenizer}."
             )
     model = read_clip_text(weights / spec.files[0])
-    return ClipText(id, model.to(torch.device(device)), open_tokenizer(words))  # pyright: ignore[reportArgumentType]
+    tower = ClipText(id, model.to(torch.device(device)), open_tokenizer(words))  # pyright: ignore[reportArgumentType]
+    return WholeText(tower, prior.text_mean) if prior is not None and prior.config.reads == WHOLE else tower
+
+
+def less_their_mean(tower: TextTower, texts: Sequence[str]) -> tuple[TextTower, Tensor]:
+    """Return a CLIP's tower that reads whole texts less the mean of these, and that mean (P,).
+
+    Raises: CheckpointError for another tower.
+    """
+    from engine.model.text.clip_text import ClipText, WholeText  # transformers, seconds of import
+
+    if not isinstance(tower, ClipText):
+        raise CheckpointError(f"whole texts are a CLIP's; the tower is {tower.id!r}. Take one of {', '.join(CLIPS)}.")
+    mean = tower.whole(texts).mean(dim=0).cpu()
+    return WholeText(tower, mean), mean

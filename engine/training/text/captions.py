@@ -44,9 +44,10 @@ class Caption:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A row that cannot be learned from."""
+    """A row, or a bag, that cannot be learned from."""
 
-    line: int
+    where: str
+    """Line of the table, or bag."""
     reason: str
 
 
@@ -58,10 +59,10 @@ class CaptionedGrids:
 
         Raises: EngineError when the table cannot be read, grids are of another encoder, or no row is left.
         """
-        self._grids, per_cell = _open_grids(grids, encoder, ssl_dim, base_mpp)
+        self._grids, per_cell = open_grids(grids, encoder, ssl_dim, base_mpp)
         self.captions, self.left_out = _read_table(Path(table), self._grids, per_cell)
         if not self.captions:
-            said = "; ".join(f"line {r.line}: {r.reason}" for r in self.left_out[:SHOWN])
+            said = "; ".join(f"{r.where}: {r.reason}" for r in self.left_out[:SHOWN])
             raise EngineError(f"{table} must describe regions of the grids in {grids}; no row does ({said}).")
         self.digest = hashlib.sha256(
             "\n".join(repr(c) for c in self.captions).encode()
@@ -79,7 +80,7 @@ class CaptionedGrids:
         return self._grids[c.slide][:, c.y : c.y + c.height, c.x : c.x + c.width].astype(np.float32)
 
 
-def _open_grids(
+def open_grids(
     where: str, encoder: str, ssl_dim: int, base_mpp: float
 ) -> tuple[dict[str, NDArray[np.floating]], dict[str, tuple[float, float]]]:
     """Return grids (D, h, w) by slide, and how many px of the table a cell has on each axis (x, y)."""
@@ -128,7 +129,7 @@ def _read_table(
     for line, row in table.rows:
         caption, reason = _read_row(row, grids, per_cell)
         if caption is None:
-            left_out.append(LeftOut(line, reason))
+            left_out.append(LeftOut(f"line {line}", reason))
         else:
             found.append(caption)
     return found, left_out

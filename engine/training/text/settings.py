@@ -27,13 +27,22 @@ class CaptionSettings:
     """Which captions are learned."""
 
     train: str = "data/train/captions.csv"
-    """Table slide,x,y,width,height,text to learn from."""
+    """Table slide,x,y,width,height,text to learn from; or, without captions, a folder of bags of the tower's own vision
+    side (engine.extract_features --encoders [quiltnet]), whose vectors stand for texts."""
     train_grids: str = "data/train/*.npy"
     """The SSL grids of its slides: a prepared set's folder, or a glob of files (D, h, w) that are named as slides."""
     heldout: str = "data/heldout/captions.csv"
     """What is only measured on, likewise."""
     heldout_grids: str = "data/heldout/*.npy"
     """The grids of its slides."""
+    texts: str | None = None
+    """Without captions: a file with at least 20 texts as users will write them, one a line. Their mean is what texts
+    have in common, which is taken from every text, as the mean of the pictures is from theirs."""
+    noise: float = 0.5
+    """Without captions: noise on a picture's vector, as a share of how much those vectors differ. A text says less."""
+
+    def __post_init__(self) -> None:
+        require(self.noise >= 0, "captions.noise must be 0 or more", self.noise)
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from engine.core.runtime import keep_freed_memory
 from engine.model.cdm import TIMES
 from engine.model.cdm_sampler import alpha_bars
 from engine.model.encoders.registry import describe_encoder
-from engine.model.text.prior import TextPrior, TextPriorConfig
-from engine.model.text.towers import WORDS, TextTower, load_tower
+from engine.model.text.prior import TOKENS, WHOLE, TextPrior, TextPriorConfig
+from engine.model.text.towers import WORDS, TextTower, less_their_mean, load_tower
 from engine.model.text.weights import save_prior
 from engine.model.text.words import WordTowerConfig, vocabulary
 from engine.model.zoomldm import ZoomLDM
@@ -27,10 +27,12 @@ from engine.training.optimisation import Conduct, Optimisation, settle, step_rng
 from engine.training.precision import settle_bfloat16
 from engine.training.settings import settled
 from engine.training.text.captions import SHOWN, CaptionedGrids
+from engine.training.text.pictures import PicturedGrids, read_texts_of
 from engine.training.text.settings import TextTrainingConfig
 
 log = logging.getLogger(__name__)
 
+Told = CaptionedGrids | PicturedGrids
 TEXT_STAGE = 24
 _FREE_KEYS = ("store_half", "tower_source")
 """What is written at the end, and where a tower lies; a continued run may change it."""
@@ -71,33 +73,51 @@ def train_text(config: TextTrainingConfig) -> None:
     save_prior(Path(config.out), prior, torch.float16 if config.store_half else None, figures)
 
 
-def _open_captions(config: TextTrainingConfig, model: ZoomLDM) -> tuple[CaptionedGrids, CaptionedGrids]:
-    facts = model.config.encoder, model.config.ssl_dim, model.config.base_mpp
+def _open_captions(config: TextTrainingConfig, model: ZoomLDM) -> tuple[Told, Told]:
     where = config.captions
-    found = (
-        CaptionedGrids(where.train, where.train_grids, *facts),
-        CaptionedGrids(where.heldout, where.heldout_grids, *facts),
-    )
+    pictured = [Path(there).is_dir() for there in (where.train, where.heldout)]
+    if pictured[0] != pictured[1] or (pictured[0] and config.tower == WORDS):
+        raise EngineError(
+            "captions.train and captions.heldout must both be tables, or both folders of bags of a CLIP's vision side; "
+            f"got {where.train} and {where.heldout} with the tower {config.tower!r}."
+        )
+    facts = model.config.encoder, model.config.ssl_dim, model.config.base_mpp
+
+    def opened(table: str, grids: str) -> Told:
+        if pictured[0]:
+            return PicturedGrids(table, grids, config.tower, config.model.window, *facts)
+        return CaptionedGrids(table, grids, *facts)
+
+    found = opened(where.train, where.train_grids), opened(where.heldout, where.heldout_grids)
+    if isinstance(found[0], PicturedGrids) and isinstance(found[1], PicturedGrids):
+        found[1].centre(found[0].mean)
     for table, captions in zip((where.train, where.heldout), found, strict=True):
         for row in captions.left_out[:SHOWN]:
-            log.warning("%s, line %d is left out: %s", table, row.line, row.reason)
+            log.warning("%s, %s is left out: %s", table, row.where, row.reason)
         if len(captions.left_out) > SHOWN:
-            log.warning("%s: %d rows are left out in all", table, len(captions.left_out))
-        log.info("%s: %d captions", table, len(captions))
+            log.warning("%s: %d are left out in all", table, len(captions.left_out))
+        log.info("%s: %d regions", table, len(captions))
     return found
 
 
-def _build(config: TextTrainingConfig, model: ZoomLDM, data: CaptionedGrids) -> tuple[TextPrior, TextTower]:
+def _build(config: TextTrainingConfig, model: ZoomLDM, data: Told) -> tuple[TextPrior, TextTower]:
     """Return a new prior and the tower that reads its texts."""
     sizes = config.model
-    words, tower = None, None
-    if config.tower == WORDS:
+    words, tower, mean = None, None, None
+    if isinstance(data, CaptionedGrids) and config.tower == WORDS:
         known = vocabulary(caption.text for caption in data.captions)
         if not known:
             raise EngineError(f"{config.captions.train} must repeat words to learn them; no word occurs twice.")
         words = WordTowerConfig(known, sizes.width, sizes.word_layers)
     else:
         tower = load_tower(config.tower, None, config.tower_source, config.device)
+        if isinstance(data, PicturedGrids):
+            tower, mean = less_their_mean(tower, read_texts_of(config.captions.texts))
+            if len(mean) != len(data.mean):
+                raise EngineError(
+                    f"the bags must be of the tower's own vision side, {len(mean)} channels; they have "
+                    f"{len(data.mean)}. Extract with --encoders [{config.tower}]."
+                )
     encoder = None
     if model.config.encoder == "demo":  # others are not loaded for their digest alone
         encoder = describe_encoder("demo", None, model.extras).digest
@@ -105,14 +125,17 @@ def _build(config: TextTrainingConfig, model: ZoomLDM, data: CaptionedGrids) -> 
         TextPriorConfig(
             ssl_dim=model.config.ssl_dim, encoder=model.config.encoder, encoder_digest=encoder, tower=config.tower,
             tower_digest=None if tower is None else tower.digest, text_dim=sizes.width if tower is None else tower.dim,
-            window=sizes.window, width=sizes.width, layers=sizes.layers, heads=sizes.heads,
+            reads=TOKENS if mean is None else WHOLE, window=sizes.window, width=sizes.width, layers=sizes.layers,
+            heads=sizes.heads,
         ),
         words,
     )  # fmt: skip
+    if mean is not None:
+        prior.text_mean.copy_(mean)
     return prior, load_tower(WORDS, prior) if tower is None else tower
 
 
-def standardise(prior: TextPrior, data: CaptionedGrids) -> Tensor:
+def standardise(prior: TextPrior, data: Told) -> Tensor:
     """Set a prior's mean and spread to those of the described cells.
 
     Returns how much regions differ in each channel, (D,): the variance of their mean vectors, over its mean.
@@ -133,7 +156,7 @@ class _Learner:
     """The loss of a step."""
 
     def __init__(
-        self, config: TextTrainingConfig, prior: TextPrior, tower: TextTower, data: CaptionedGrids, between: Tensor
+        self, config: TextTrainingConfig, prior: TextPrior, tower: TextTower, data: Told, between: Tensor
     ) -> None:
         self.config, self.prior, self.tower, self.data = config, prior, tower, data
         largest = config.model.window
@@ -170,14 +193,26 @@ class _Learner:
         dropped = torch.from_numpy(rng.random(count) < self.config.train.drop_text)
         # A copy: of an axis of length one, ascontiguousarray keeps the negative stride.
         x0 = self.prior.standard(torch.from_numpy(grids.copy()).to(device))
-        texts = [self.data.captions[n].text for n in numbers]
-        return self.error(x0, noise.to(device), times.to(device), texts, dropped.to(device)), {}
+        blur = None
+        if isinstance(self.data, PicturedGrids):
+            blur = rng.standard_normal((count, self.data.told.shape[1]), dtype=np.float32)
+            blur *= self.data.spread * self.config.captions.noise
+        return self.error(x0, noise.to(device), times.to(device), numbers, dropped.to(device), blur), {}
 
-    def error(self, x0: Tensor, noise: Tensor, times: Tensor, texts: list[str], dropped: Tensor) -> Tensor:
+    def error(
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        times: Tensor,
+        numbers: list[int],
+        dropped: Tensor,
+        blur: np.ndarray | None = None,
+    ) -> Tensor:
+        """Return the loss of regions `numbers`; `blur` is added to the vectors of pictures."""
         alpha_bar = self._alpha_bars.to(x0)[times][:, None, None, None]
         noisy = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise
         with torch.autocast(x0.device.type, torch.bfloat16, enabled=settled(self.config.bfloat16)):
-            tokens, counts = read_texts(self.prior, self.tower, texts)
+            tokens, counts = self._tell(numbers, blur)
             predicted = self.prior(noisy, times, self.prior.read(tokens, counts, dropped))
         missed = predicted.float() - x0
         region = (missed.mean(dim=(2, 3)).square() * self._between).mean()
@@ -186,7 +221,15 @@ class _Learner:
     def describe(self, step: int) -> str:
         """Name what a step learns, for messages."""
         first = self.data.captions[self.draw(step)[1][0]]
-        return f"captions such as {first.text!r} of {first.slide}"
+        return f"captions such as {first.text!r} of {first.slide}" if first.text else f"regions such as {first}"
+
+    def _tell(self, numbers: list[int], blur: np.ndarray | None) -> tuple[Tensor, Tensor]:
+        """Return what regions are told by, as tokens and which of them count."""
+        if isinstance(self.data, CaptionedGrids):
+            return read_texts(self.prior, self.tower, [self.data.captions[n].text for n in numbers])
+        vectors = self.data.told[numbers] + (0 if blur is None else blur)
+        tokens = torch.from_numpy(vectors)[:, None].to(self.prior.mean.device)
+        return tokens, torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
 
 
 def read_texts(prior: TextPrior, tower: TextTower, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -204,7 +247,7 @@ def _cut(grid: np.ndarray, height: int, width: int, rng: np.random.Generator) ->
 
 @torch.no_grad()
 def heldout_error(
-    prior: TextPrior, tower: TextTower, heldout: CaptionedGrids, config: TextTrainingConfig, between: Tensor
+    prior: TextPrior, tower: TextTower, heldout: Told, config: TextTrainingConfig, between: Tensor
 ) -> dict[str, float]:
     """Return the loss on held-out captions, with their texts and without: what the text tells."""
     learner = _Learner(config, prior, tower, heldout, between)
@@ -217,9 +260,8 @@ def heldout_error(
         x0 = prior.standard(torch.from_numpy(np.ascontiguousarray(grids)).to(config.device))
         noise = torch.from_numpy(rng.standard_normal(grids.shape, dtype=np.float32)).to(config.device)
         times = torch.from_numpy(((np.arange(len(x0)) + 0.5) / len(x0) * TIMES).astype(np.int64)).to(config.device)
-        texts = [heldout.captions[n].text for n in numbers]
         for name, drop in (("text", False), ("none", True)):
             dropped = torch.full((len(x0),), drop, device=config.device)
-            found[name] += float(learner.error(x0, noise, times, texts, dropped))
+            found[name] += float(learner.error(x0, noise, times, numbers, dropped))
         batches += 1
     return {name: round(value / batches, 5) for name, value in found.items()}
