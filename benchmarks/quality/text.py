@@ -6,6 +6,7 @@ A judge, fitted on the phantoms that the prior was trained on, says from an SSL 
 cell holds; what it is worth on held-out phantoms is said first. Then, on grids that the demo's prior draws:
 
 - shares: 30 captions ask for 5 to 60 % of fat, stroma and nests; Spearman's correlation with what the judge finds,
+- words: "only A, no B" of the same three, 2 x 2 cells as `make demo-text` draws: is there most of A, how much of B,
 - pairs: held-out regions and their captions; how often a grid is nearer to its own caption's region than to another's,
 - map: half of a canvas asks for one kind and half for another; cells away from the border whose kind is the one asked.
 
@@ -148,6 +149,24 @@ def pairs_agree(drawn: Drawn, folder: Path, count: int = 20, pictures: bool = Fa
     return {"nearer": float((np.diag(likeness)[:, None] > likeness)[other].mean()), "captions": len(a)}
 
 
+def kinds_are_kept_apart(drawn: Drawn, judge: Judge, seeds: int = 3) -> dict[str, object]:
+    """Return how often "only A, no B" has most of A, and how much of B is there, for each A over all B and seeds."""
+    most, unwanted = {}, {}
+    for kind in ASKED:
+        found = [
+            judge.shares(drawn.grid([f"only {kind}, no {other}"], np.ones((1, 2, 2), np.float32), seed))
+            .mean(axis=(1, 2))
+            .tolist()
+            for other in ASKED
+            if other != kind
+            for seed in range(seeds)
+        ]
+        others = [other for other in ASKED if other != kind for _ in range(seeds)]
+        most[kind] = float(np.mean([np.argmax(row) == KINDS.index(kind) for row in found]))
+        unwanted[kind] = float(np.mean([row[KINDS.index(o)] for row, o in zip(found, others, strict=True)]))
+    return {"most": most, "share of what is not wanted": unwanted}
+
+
 def map_holds(drawn: Drawn, judge: Judge, side: int = 8) -> dict[str, float]:
     """Return the share of cells, two or more away from the border, whose kind is what their half asked for."""
     found = {}
@@ -176,6 +195,7 @@ def main() -> None:
         figures: dict[str, object] = {
             "judge": judge.worth(args.data / "heldout"),
             "shares": shares_follow(drawn, judge),
+            "words": kinds_are_kept_apart(drawn, judge),
             "pairs": pairs_agree(drawn, args.data / "heldout"),
             "map": map_holds(drawn, judge),
         }

@@ -64,12 +64,7 @@ class CaptionedGrids:
         if not self.captions:
             said = "; ".join(f"{r.where}: {r.reason}" for r in self.left_out[:SHOWN])
             raise EngineError(f"{table} must describe regions of the grids in {grids}; no row does ({said}).")
-        self.digest = hashlib.sha256(
-            "\n".join(repr(c) for c in self.captions).encode()
-            + b"".join(
-                hashlib.sha256(np.ascontiguousarray(g).tobytes()).digest() for _, g in sorted(self._grids.items())
-            )
-        ).hexdigest()
+        self.digest = digest_of("\n".join(repr(c) for c in self.captions).encode(), self._grids)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -78,6 +73,12 @@ class CaptionedGrids:
         """Return the SSL vectors that caption `number` describes: float32 (D, h, w)."""
         c = self.captions[number]
         return self._grids[c.slide][:, c.y : c.y + c.height, c.x : c.x + c.width].astype(np.float32)
+
+
+def digest_of(told: bytes, grids: Mapping[str, NDArray[np.floating]]) -> str:
+    """Return the SHA-256 (hex) of what tells regions and of all grids."""
+    whole = (hashlib.sha256(np.ascontiguousarray(grid).tobytes()).digest() for _, grid in sorted(grids.items()))
+    return hashlib.sha256(told + b"".join(whole)).hexdigest()
 
 
 def open_grids(

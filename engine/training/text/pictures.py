@@ -7,7 +7,6 @@ Bags (engine.extract_features) hold the vectors, grids the SSL vectors of the sa
 Source: Zhou et al. 2022 (LAFITE: a generator of texts trained on the vectors of pictures).
 """
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 from engine.core.errors import EngineError
 from engine.core.units import TILE_PX
 from engine.features.bag_reader import BagFile, find_bags
-from engine.training.text.captions import Caption, LeftOut, open_grids
+from engine.training.text.captions import Caption, LeftOut, digest_of, open_grids
 
 PER_SLIDE = 500
 """Regions of a slide at most; they differ little, and each has a vector in memory."""
@@ -61,7 +60,7 @@ class PicturedGrids:
             )
         self._vectors = np.stack(vectors)
         self.mean: Float32[np.ndarray, " e"] = self._vectors.mean(axis=0)
-        self.digest = hashlib.sha256(repr(self.captions).encode() + self._vectors.tobytes()).hexdigest()
+        self.digest = digest_of(repr(self.captions).encode() + self._vectors.tobytes(), self._grids)
         self.centre(self.mean)
 
     def centre(self, mean: Float32[np.ndarray, " e"]) -> None:
