@@ -19,6 +19,7 @@ from engine.training.text.settings import CaptionSettings, TextOptimiserSettings
 from engine.training.text.train import train_text
 from tests.support.known_bag import known_plan
 from tests.support.tiny_tower import tiny_clip_text, write_quiltnet
+from tests.training.test_text_training import killed
 
 COLUMNS, ROWS = 12, 12
 TEXTS = [" ".join(words) for words in np.array(np.meshgrid(["fat", "a", "f", "t", "at"], ["a", "fat", "at", "t"]))
@@ -46,8 +47,15 @@ def place(tmp_path: Path) -> Path:
 
 
 def opened(place: Path, **changes: object) -> PicturedGrids:
-    facts = {"tower": "quiltnet", "window": 4, "encoder": "demo", "ssl_dim": 64, "base_mpp": 0.5} | changes
-    return PicturedGrids(str(place / "bags"), str(place / "*.npy"), **facts)  # type: ignore[arg-type]
+    facts = {
+        "bags": str(place / "bags"),
+        "tower": "quiltnet",
+        "window": 4,
+        "encoder": "demo",
+        "ssl_dim": 64,
+        "base_mpp": 0.5,
+    } | changes
+    return PicturedGrids(grids=str(place / "*.npy"), **facts)  # type: ignore[arg-type]
 
 
 def config(place: Path, run: str, steps: int) -> TextTrainingConfig:
@@ -84,6 +92,12 @@ def test_regions_lie_where_tiles_are(place: Path) -> None:
 def test_what_does_not_fit_is_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EngineError, match=r"'plip'.*is of 'quiltnet'"):
         opened(place, tower="plip")
+    (place / "more").mkdir()
+    for name, weights in (("s0", "ab" * 32), ("s1", "cd" * 32)):
+        plan = known_plan(3, 16, slide=name, encoder="quiltnet", weights_sha256=weights)
+        write_bag(place / "more" / f"{name}.h5", plan, {s.name: np.ones((len(s.coords), 16)) for s in plan.scales})
+    with pytest.raises(EngineError, match=r"abababababab.*s1\.h5 is of 'quiltnet' \(cdcdcd"):
+        opened(place, bags=str(place / "more"))
     wanted = config(place, "run", 1)
     for changes, said in (
         ({"tower": "words"}, "with the tower 'words'"),
@@ -120,21 +134,9 @@ def test_it_learns_from_pictures_and_reads_texts(place: Path) -> None:
     assert not torch.equal(*predicted)
 
 
-def test_a_killed_training_ends_as_an_undisturbed_one(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_training_ends_as_an_undisturbed_one(place: Path) -> None:
     train_text(config(place, "one", 6))
-    calls, backward = 0, torch.Tensor.backward
-
-    def stop(self: torch.Tensor, *args: object, **keys: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            raise KeyboardInterrupt
-        backward(self, *args, **keys)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.Tensor, "backward", stop)
-        with pytest.raises(KeyboardInterrupt):
-            train_text(config(place, "two", 6))
+    killed(config(place, "two", 6))
     train_text(config(place, "two", 6))
     one, two = (read_prior(place / run / "text").state_dict() for run in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)

@@ -88,22 +88,26 @@ def config(folder: Path, run: str, steps: int = 6) -> TextTrainingConfig:
     )  # fmt: skip
 
 
-def test_a_killed_training_ends_as_an_undisturbed_one(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_text(config(table, "one"))
-    calls = 0
-    loss = torch.Tensor.backward
+def killed(config: TextTrainingConfig) -> None:
+    """Begin a training, and end it in its fourth step."""
+    calls, backward = 0, torch.Tensor.backward
 
     def stop(self: torch.Tensor, *args: object, **keys: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 4:
             raise KeyboardInterrupt
-        loss(self, *args, **keys)  # type: ignore[arg-type]
+        backward(self, *args, **keys)  # type: ignore[arg-type]
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "backward", stop)
         with pytest.raises(KeyboardInterrupt):
-            train_text(config(table, "two"))
+            train_text(config)
+
+
+def test_a_killed_training_ends_as_an_undisturbed_one(table: Path) -> None:
+    train_text(config(table, "one"))
+    killed(config(table, "two"))
     train_text(config(table, "two"))
     one, two = (read_prior(table / run / "text").state_dict() for run in ("one", "two"))
     assert all(torch.equal(one[name], two[name]) for name in one)

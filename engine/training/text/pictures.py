@@ -22,8 +22,6 @@ PER_SLIDE = 500
 """Regions of a slide at most; they differ little, and each has a vector in memory."""
 COVERED = 0.5
 LEAST_TEXTS = 20
-_SCALE = 0
-"""The finest scale of a bag."""
 
 
 class PicturedGrids:
@@ -39,15 +37,18 @@ class PicturedGrids:
         self.captions: list[Caption] = []
         self.left_out: list[LeftOut] = []
         vectors: list[NDArray[np.float32]] = []
+        seen = ""
         for number, path in enumerate(find_bags(Path(bags))):
             if path.stem not in self._grids:
                 self.left_out.append(LeftOut(path.name, f"there is no grid of slide {path.stem!r}"))
                 continue
             with BagFile(path) as bag:
-                if bag.attributes.encoder != tower:
+                seen = seen or bag.attributes.weights_sha256
+                if bag.attributes.encoder != tower or bag.attributes.weights_sha256 != seen:
                     raise EngineError(
-                        f"bags in {bags} must be of the tower's own vision side, {tower!r}; {path.name} is of "
-                        f"{bag.attributes.encoder!r}. Extract with --encoders [{tower}]."
+                        f"bags in {bags} must be of the tower's own vision side, {tower!r} (weights {seen[:12]}); "
+                        f"{path.name} is of {bag.attributes.encoder!r} ({bag.attributes.weights_sha256[:12]}). "
+                        f"Extract with --encoders [{tower}]."
                     )
                 sums, counts = _by_cell(bag, self._grids[path.stem].shape[1:], base_mpp)
             regions = _regions(self._grids[path.stem], counts, window, number)
@@ -101,7 +102,7 @@ def _by_cell(
     bag: BagFile, shape: tuple[int, ...], base_mpp: float
 ) -> tuple[Float32[np.ndarray, "h w e"], NDArray[np.int64]]:
     """Return the sum of the tiles' unit vectors by cell, and how many there are: (h, w, E), (h, w)."""
-    scale = bag.scale_of(bag.scales[_SCALE])
+    scale = bag.scale_of(bag.scales[0])  # the finest
     features = bag.features(scale.name).astype(np.float32)
     valid = bag.valid(scale.name) & np.isfinite(features).all(axis=1)
     facts = bag.attributes
