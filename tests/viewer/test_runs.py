@@ -165,3 +165,13 @@ def test_latents_that_lie_elsewhere(tmp_path: Path) -> None:
         said = view_of(run).progress()
         assert (said["step"], said["store"]) == (3, (tmp_path / "store").as_uri())
         assert files == sorted(path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*"))
+
+
+def test_latents_that_lie_in_a_bucket(tmp_path: Path, s3_url: str) -> None:
+    run, keys = tmp_path / "run", {k: v for k, v in KEYS.items() if not k.startswith("plan")}
+    with Canvas.open(run, keys, {"20x": (325, 225)}, open_storage(s3_url)) as canvas:
+        for y0 in (0, 256):
+            canvas.write("20x", y0, np.zeros((3, min(256, 325 - y0), 225), np.float32))
+        canvas.commit(0, 3)
+        said = view_of(run).progress()
+    assert (said["step"], said["store"]) == (3, s3_url)
