@@ -37,7 +37,7 @@ LAYERS = {
     "engine.pipeline": "core slides",
     "engine.features": "core model slides pipeline",
     "engine.datasets": "core model slides pipeline",
-    "engine.training": "core model slides.phantom sampling.schedule conditions.reference datasets",
+    "engine.training": "core model slides.phantom sampling.schedule conditions.reference datasets features.bag_reader",
     "engine.evaluation": "core model slides images sampling conditions generation pipeline features datasets",
     "engine.cohort": "core model slides images sampling conditions generation pipeline features evaluation",
     "engine.viewer": "core images slides canvas generation features.bag_reader",

@@ -3,8 +3,9 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage, 3 done but for some inputs, 130 or 143 interrupted. It imports little.
 
 A signal becomes an exception wherever the main thread is: also inside a library's lock, whose release then raises
-another one, or where exceptions are swallowed (a destructor, a callback). So an interruption is looked for behind any
-exception, and is raised again until the command ends or cleans up.
+another one, or where exceptions are swallowed (a destructor, a callback), of which Python prints a traceback. So an
+interruption is looked for behind any exception, is not printed, and is raised again until the command ends or cleans
+up.
 """
 
 import atexit
@@ -136,12 +137,14 @@ def _signals_heard() -> Generator[Callable[[], int | None]]:
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     # A shell that starts a command in its background lets it ignore SIGINT, and nohup users may both.
     taken = [number for number in _SIGNALS if before[number] is not signal.SIG_IGN]
-    insistence = _Insistence()
+    insistence, told = _Insistence(), sys.unraisablehook
+    sys.unraisablehook = lambda said: None if interruption_behind(said.exc_value) is not None else told(said)
     try:
         for number in taken:
             signal.signal(number, insistence.hear)
         yield lambda: insistence.heard
     finally:
+        sys.unraisablehook = told
         for number in taken:
             signal.signal(number, before[number] or signal.SIG_DFL)
         insistence.end()

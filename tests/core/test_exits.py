@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,28 @@ def test_an_interruption_that_is_swallowed_comes_again(monkeypatch: pytest.Monke
     lines: list[str] = []
     assert exit_code("a", work, lambda: "Kept.", lines.append) == 128 + number
     assert lines == ["Interrupted. Kept."]
+
+
+def test_an_interruption_in_a_callback_is_not_printed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python says of what a weak reference's callback raises that it is ignored; of other mistakes it still does."""
+    printed: list[object] = []
+    monkeypatch.setattr(exits, "AGAIN_S", 0.01)
+    monkeypatch.setattr(sys, "unraisablehook", lambda said: printed.append(said.exc_type))
+    callbacks = (lambda _: signal.raise_signal(signal.SIGTERM), lambda _: raising(ValueError("a mistake")))
+
+    def work() -> int:
+        for callback in callbacks[::-1]:
+            thing = set[int]()
+            reference = weakref.ref(thing, callback)
+            del thing
+            assert reference() is None
+        while True:
+            time.sleep(0.01)
+
+    assert exit_code("a", work, lambda: "Kept.", lambda _: None) == SIGTERM_EXIT
+    assert printed == [ValueError]
 
 
 def test_clean_up_is_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
