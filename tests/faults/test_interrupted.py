@@ -111,7 +111,7 @@ def superres(folder: Path) -> Command:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 80, 3), np.uint8)).save(folder / "low.png")
     argv = [
         *(str(folder / "low.png"), f"--model.source={store_model(folder)}", "--inversion.steps=2", *ON_CPU, ALONE),
-        *("--scale=4", "--sampling.stride=250", "--sampling.weight=0", "--sampling.batch_size=2"),
+        *("--scale=4", "--sampling.stride=100", "--sampling.weight=0", "--sampling.batch_size=2"),
     ]
     phases = {"start": writes("run.lock"), "sampling": writes("state.json")}
     return Command("engine.superres", argv, "--output.folder=", phases)
