@@ -93,23 +93,28 @@ class _Insistence:
         return isinstance(getattr(handler, "__self__", None), _Insistence)
 
     def hear(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+        """Handle a signal; one that comes when the work is over changes nothing."""
+        if self._over.is_set():
+            return
         if self.heard is None:
             self.heard = number
             os.write(self._write, bytes([number]))
         _raise(number, frame)
 
     def end(self) -> None:
-        """Raise nothing any more."""
+        """Raise nothing any more; call it while the signals are still heard, for one may be on its way."""
         self._over.set()
-        os.close(self._write)
+        os.write(self._write, b"\0")  # wakes the thread if nothing was heard
         self._watch.join()
+
+    def close(self) -> None:
+        """Let go of the pipe, after the signals are somebody else's."""
+        os.close(self._write)
         os.close(self._read)
 
     def _insist(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # they are the main thread's
-        if not (told := os.read(self._read, 1)):
-            return
+        told = os.read(self._read, 1)
         while not self._over.wait(AGAIN_S):
             if interruption_behind(self._handled()) is None and self._main is not None:
                 signal.pthread_kill(self._main, told[0])
@@ -144,10 +149,11 @@ def _signals_heard() -> Generator[Callable[[], int | None]]:
             signal.signal(number, insistence.hear)
         yield lambda: insistence.heard
     finally:
+        insistence.end()
         sys.unraisablehook = told
         for number in taken:
             signal.signal(number, before[number] or signal.SIG_DFL)
-        insistence.end()
+        insistence.close()
 
 
 def say(text: str) -> None:
