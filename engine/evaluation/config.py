@@ -16,7 +16,8 @@ class QualityConfig:
     b: str | None = None
     """What it is judged by, likewise; may be given second. None: only what a run tells by itself (detail, canvas)."""
     encoder: str = "demo"
-    """demo, texture (nothing to fetch), dinov2-reg-l, phikon, uni, or clip (any CLIP vision tower of transformers)."""
+    """demo, texture (nothing to fetch), dinov2-reg-l, phikon, uni, quiltnet, plip, or clip (any CLIP vision tower of
+    transformers)."""
     encoder_source: str | None = None
     """Folder or Hub id of the encoder's weights; None takes where they were published. clip needs it."""
     inception: str | None = None

@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
 
 from engine.installation.findings import NOTE, Finding
 from engine.model.encoders.vit import PUBLISHED
+from engine.model.weights.clip import CLIPS
 from engine.model.weights.hub import LDM_FILES, VARIANTS
 
 FindCluster = Callable[[float], str]
@@ -33,7 +34,8 @@ def ray(find_cluster: FindCluster, wait_s: float) -> Iterator[Finding]:
 def wanted_files() -> dict[str, str]:
     """Return a file of each model of the Hub that the engine knows, by repository; the first is the model's own."""
     files = {repo: f"{names[0]}/{LDM_FILES[0]}" for repo, names in VARIANTS.items()}
-    return files | {spec.repo_id: spec.filename for spec in PUBLISHED.values()}
+    files |= {spec.repo_id: spec.filename for spec in PUBLISHED.values()}
+    return files | {spec.repo_id: spec.files[0] for spec in CLIPS.values()}
 
 
 def hub(wait_s: float, ask: Callable[[str], None] | None = None) -> Iterator[Finding]:

@@ -117,6 +117,23 @@ def test_clean_up_is_not_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cleaned == list(range(20))
 
 
+def test_a_signal_on_its_way_when_the_work_ends_is_not_the_next_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The watch may send what was swallowed once more just before it ends; it must meet the handler that knows."""
+    end, heard = exits._Insistence.end, list[int]()
+
+    def late(self: exits._Insistence) -> None:
+        end(self)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(exits._Insistence, "end", late)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        assert exit_code("a", lambda: DONE, lambda: "Kept.") == DONE
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == []
+
+
 def test_handlers_are_given_back_and_an_ignored_signal_stays_ignored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -209,17 +209,18 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scene]:
     return scene
 
 
-def try_moment(scene: Scene, phase: str, seed: str, folder: Path) -> tuple[signal.Signals, bool]:
-    """Interrupt a command once and let it resume; return with what, and whether it was caught at work."""
-    (command, wanted), draw = scene, random.Random(seed)
-    number = draw.choice((signal.SIGINT, signal.SIGTERM))
-    running = Running(command, folder)
-    if running.wait_for(command.phases[phase]):
-        time.sleep(draw.uniform(0, wanted.lasts[phase]))
-        running.send(number)
-    caught = interrupted.assert_ended_well(running.end(), number)
-    interrupted.assert_resumes(command, folder, wanted)
-    return number, caught
+def assert_survives(scene: Scene, name: str, phase: str, moment: int, folder: Path, ledger: Ledger) -> None:
+    """Interrupt a command once, assert how it ends, let it resume, and assert that nothing was lost."""
+    (command, wanted), draw = scene, random.Random(f"2026/{name}/{phase}/{moment}")
+    with ledger.trial("signals", f"SIGINT or SIGTERM, {name}, {phase}") as trial:
+        number = draw.choice((signal.SIGINT, signal.SIGTERM))
+        running = Running(command, folder)
+        if running.wait_for(command.phases[phase]):
+            time.sleep(draw.uniform(0, wanted.lasts[phase]))
+            running.send(number)
+        caught = interrupted.assert_ended_well(running.end(), number)
+        interrupted.assert_resumes(command, folder, wanted)
+        trial.outcome = f"{number.name}, {'interrupted; resumed' if caught else 'done before'} to the same bytes"
 
 
 MOMENTS_OF = [
@@ -234,9 +235,7 @@ MOMENTS_OF = [
 def test_a_signal_at_a_random_moment(
     scenes: Callable[[str], Scene], ledger: Ledger, tmp_path: Path, name: str, phase: str, moment: int
 ) -> None:
-    with ledger.trial("signals", f"SIGINT or SIGTERM, {name}, {phase}") as trial:
-        number, caught = try_moment(scenes(name), phase, f"2026/{name}/{phase}/{moment}", tmp_path)
-        trial.outcome = f"{number.name}, {'interrupted; resumed' if caught else 'done before'} to the same bytes"
+    assert_survives(scenes(name), name, phase, moment, tmp_path, ledger)
 
 
 def importing(folder: Path) -> Command:
@@ -299,6 +298,4 @@ FRESH_MOMENTS = [
 def test_a_signal_to_a_fresh_process(
     scenes: Callable[[str], Scene], ledger: Ledger, tmp_path: Path, name: str, phase: str, moment: int
 ) -> None:
-    with ledger.trial("signals", f"SIGINT or SIGTERM, {name}, {phase}") as trial:
-        number, caught = try_moment(scenes(name), phase, f"2026/{name}/{phase}/{moment}", tmp_path)
-        trial.outcome = f"{number.name}, {'interrupted; resumed' if caught else 'done before'} to the same bytes"
+    assert_survives(scenes(name), name, phase, moment, tmp_path, ledger)

@@ -57,7 +57,7 @@ def read(path: Path, mpp: float = 0.5) -> tuple[Region, str]:
         return slide.read(0, 0, round(W * 0.5 / mpp), round(H * 0.5 / mpp), mpp), slide.reader
 
 
-def check(region: Region, kept: np.ndarray = KEPT, colours: np.ndarray | None = None) -> None:
+def assert_kept(region: Region, kept: np.ndarray = KEPT, colours: np.ndarray | None = None) -> None:
     """Valid is where a picture is, with its colours; elsewhere px are white, as what was never written."""
     assert np.array_equal(region.valid, kept)
     assert np.array_equal(region.pixels[kept], (picture() if colours is None else colours)[kept])
@@ -89,7 +89,7 @@ def test_nodata(tmp_path: Path, tags: list[Any], collar: Any, said: str, planar:
     region, reader = read(write(tmp_path / "a.tif", shape, extratags=tags, **more))
     assert reader == f"tifffile, {said}" if said else reader == "tifffile"
     if said:
-        check(region)
+        assert_kept(region)
     else:
         assert region.valid.all()
         assert np.array_equal(region.pixels, pixels)
@@ -131,7 +131,7 @@ def test_mask_pages(tmp_path: Path, where: str, bits: int, planar: bool) -> None
         tifffile.imwrite(tmp_path / "a.tif.msk", mask, photometric="minisblack", tile=(128, 128), metadata=None)
     region, reader = read(tmp_path / "a.tif")
     assert reader == "tifffile, mask"
-    check(region, colours=pixels)
+    assert_kept(region, colours=pixels)
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -147,7 +147,7 @@ def test_a_level_has_its_own_mask_or_follows_the_whole_one(tmp_path: Path, own: 
             tiff.write(other, photometric="mask", subfiletype=5, **page)
     region, _ = read(tmp_path / "a.tif", mpp=2.0)
     assert np.array_equal(region.valid, other if own else KEPT[::4, ::4])
-    check(read(tmp_path / "a.tif")[0], colours=pixels)
+    assert_kept(read(tmp_path / "a.tif")[0], colours=pixels)
 
 
 def test_a_px_of_a_level_needs_all_that_lies_under_it(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_colours_that_are_stored_multiplied_by_alpha(tmp_path: Path) -> None:
 
 def test_a_transparent_colour_of_a_png(tmp_path: Path) -> None:
     Pillow.fromarray(picture((1, 2, 3))).save(tmp_path / "a.png", transparency=(1, 2, 3))
-    check(read(tmp_path / "a.png")[0])
+    assert_kept(read(tmp_path / "a.png")[0])
 
 
 def test_planes_that_were_never_written_are_invalid(tmp_path: Path) -> None:

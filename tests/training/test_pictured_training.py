@@ -13,10 +13,12 @@ from engine.features.bag_writer import write_bag
 from engine.model.text.prior import WHOLE, TextPriorConfig
 from engine.model.text.towers import load_tower
 from engine.model.text.weights import read_prior
+from engine.model.zoomldm import ZoomLDM
+from engine.training.optimisation import TrainingError
 from engine.training.text.captions import Caption
 from engine.training.text.pictures import PicturedGrids
 from engine.training.text.settings import CaptionSettings, TextOptimiserSettings, TextSizes, TextTrainingConfig
-from engine.training.text.train import train_text
+from engine.training.text.train import open_regions, train_text
 from tests.support.known_bag import known_plan
 from tests.support.tiny_tower import tiny_clip_text, write_quiltnet
 from tests.training.test_text_training import killed
@@ -132,6 +134,31 @@ def test_it_learns_from_pictures_and_reads_texts(place: Path) -> None:
         predicted = prior(torch.zeros(2, 64, 2, 2), torch.tensor([999, 999]), prior.read(tokens[:2], counts[:2]))
     assert predicted.shape == (2, 64, 2, 2)
     assert not torch.equal(*predicted)
+
+
+def test_what_tells_a_region_is_blurred_and_taken_from_the_learned_mean(place: Path) -> None:
+    """A step with noise is another one than without; held-out vectors are less the mean of those that are learned."""
+    wanted = config(place, "plain", 8)
+    for run, noise in (("plain", 0.0), ("blurred", 2.0)):
+        told = replace(wanted.captions, noise=noise)
+        train_text(replace(wanted, run=str(place / run), out=str(place / run / "text"), captions=told))
+    plain, blurred = (read_prior(place / run / "text").state_dict() for run in ("plain", "blurred"))
+    assert not torch.equal(plain["text_embedder.weight"], blurred["text_embedder.weight"])
+    (place / "heldout").mkdir()
+    (place / "bags" / "s0.h5").rename(place / "heldout" / "s0.h5")
+    heldout = replace(wanted.captions, heldout=str(place / "heldout"))
+    model = ZoomLDM.from_pretrained("demo")
+    learned, measured = open_regions(replace(wanted, captions=heldout), model)
+    assert isinstance(learned, PicturedGrids)
+    assert isinstance(measured, PicturedGrids)
+    np.testing.assert_allclose(np.linalg.norm(measured.told + learned.mean, axis=1), 1, atol=1e-5)
+
+
+def test_texts_belong_to_a_run(place: Path) -> None:
+    train_text(config(place, "run", 1))
+    (place / "texts.txt").write_text("\n".join([*TEXTS, "fat fat a"]))
+    with pytest.raises(TrainingError, match="captions"):
+        train_text(config(place, "run", 2))
 
 
 def test_a_killed_training_ends_as_an_undisturbed_one(place: Path) -> None:

@@ -19,7 +19,7 @@ from engine.model.weights import hub
 from engine.model.weights.folder import read_safetensors
 
 CLIP, INCEPTION = "clip", "inception"
-NAMES = (*(name for name in ENCODERS if name != CLIP), CLIP, INCEPTION)
+NAMES = (*ENCODERS, INCEPTION)
 _FILES = ("config.json", "model.safetensors")
 
 

@@ -13,9 +13,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from engine.core.errors import CheckpointError
 from engine.model.encoders.base import NetworkEncoder
-from engine.model.encoders.vit import normalise
+from engine.model.encoders.vit import load_weights, normalise
 from engine.model.weights.clip import CLIPS, gelu_of, is_open_clip, renamed_blocks
-from engine.model.weights.folder import check_fit
 from engine.model.weights.ldm_import import load_tensors
 
 SEEN = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -79,9 +78,7 @@ def with_weights(
 
     Raises: CheckpointError unless names and shapes agree exactly.
     """
-    wanted = {name: value.shape for name, value in network.state_dict().items()}
-    check_fit({name: value.shape for name, value in tensors.items()}, wanted, where)
-    network.load_state_dict({n: v.to(device, dtype, copy=True) for n, v in tensors.items()}, assign=True)
+    load_weights(network, tensors, "transformers", where, device, dtype)
     embeddings = network.vision_model.embeddings
     # No weight, so not in the file: it was built on the meta device.
     embeddings.register_buffer("position_ids", torch.arange(embeddings.num_positions, device=device)[None], False)

@@ -17,6 +17,7 @@ from engine.core.errors import EngineError
 from engine.core.runtime import keep_freed_memory
 from engine.model.cdm import TIMES
 from engine.model.cdm_sampler import alpha_bars
+from engine.model.encoders.base import digest_of
 from engine.model.encoders.registry import describe_encoder
 from engine.model.text.prior import TOKENS, WHOLE, TextPrior, TextPriorConfig
 from engine.model.text.towers import WORDS, TextTower, less_their_mean, load_tower
@@ -51,10 +52,11 @@ def train_text(config: TextTrainingConfig) -> None:
     keep_freed_memory(config.device)
     config = settle_bfloat16(config)
     model = ZoomLDM.from_pretrained(config.source, config.variant)
-    data, heldout = _open_captions(config, model)
+    data, heldout = open_regions(config, model)
     torch.manual_seed(config.seed)
     prior, tower = _build(config, model, data)
-    settle(Path(config.run), asdict(config) | {"captions": [data.digest, heldout.digest]}, _FREE_KEYS)
+    told_by = [] if prior.config.reads == TOKENS else [digest_of({"text_mean": prior.text_mean})]
+    settle(Path(config.run), asdict(config) | {"captions": [data.digest, heldout.digest, *told_by]}, _FREE_KEYS)
     between = standardise(prior, data)
     prior = prior.to(config.device).train()
     learner = _Learner(config, prior, tower, data, between)
@@ -73,7 +75,8 @@ def train_text(config: TextTrainingConfig) -> None:
     save_prior(Path(config.out), prior, torch.float16 if config.store_half else None, figures)
 
 
-def _open_captions(config: TextTrainingConfig, model: ZoomLDM) -> tuple[Told, Told]:
+def open_regions(config: TextTrainingConfig, model: ZoomLDM) -> tuple[Told, Told]:
+    """Return the regions that are learned and those that are only measured on. Raises: EngineError, BagError."""
     where = config.captions
     pictured = [Path(there).is_dir() for there in (where.train, where.heldout)]
     if pictured[0] != pictured[1] or (pictured[0] and config.tower == WORDS):

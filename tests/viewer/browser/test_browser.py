@@ -159,6 +159,7 @@ def test_a_run_that_died_and_one_that_is_deleted(tmp_path: Path, opened: Open) -
         seen.until("() => document.getElementById('progress').textContent.includes('Stopped')")
         shutil.rmtree(run)
         seen.until("() => document.getElementById('message').textContent.includes('is gone')")
+        assert not seen.page.is_hidden("#message")
         seen.page.close()
 
 
@@ -205,6 +206,7 @@ def test_linked_zoom(cohort: ViewServer, opened: Open) -> None:
         seen.page.keyboard.press("ArrowRight")
     seen.until("""() => { const [a, b] = window.viewerPanes.map((pane) => pane.place().x / pane.item.width);
         return a > 0.55 && Math.abs(a - b) < 0.01; }""")
+    assert [round(seen.place(pane)["z"], 2) for pane in (0, 1)] == [0.33, 0.33]
 
 
 def test_layers_by_keyboard_and_the_address(cohort: ViewServer, opened: Open) -> None:
@@ -310,7 +312,7 @@ def test_a_picture_without_scale_says_so(tmp_path: Path, opened: Open) -> None:
         seen.page.close()
 
 
-def test_damaged_tiles_are_grey_and_counted(tmp_path: Path, opened: Open) -> None:
+def test_damaged_tiles_are_counted(tmp_path: Path, opened: Open) -> None:
     run = finished_run(tmp_path / "run")
     for chunk in (run / "image.ome.zarr").glob("[0-9]/c/0/0/0"):
         chunk.write_bytes(b"no chunk")
@@ -319,6 +321,7 @@ def test_damaged_tiles_are_grey_and_counted(tmp_path: Path, opened: Open) -> Non
         seen.drawn("picture")
         seen.page.reload()
         seen.until("() => document.querySelector('#stage-a .label').textContent.includes('damaged tile')")
+        assert "damaged tile" in seen.page.inner_text("#stage-a .label")
         seen.page.close()
 
 
