@@ -6,7 +6,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
@@ -29,7 +28,6 @@ ON_RAY = {"ray.enabled": True, "ray.replicas": 2, "coordinators": 2, "pictures_a
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cohort")
     write_inputs(folder)
-    np.save(folder / "cells.npy", np.random.default_rng(0).normal(size=(16, 1, 2)).astype(np.float32))
     return folder
 
 

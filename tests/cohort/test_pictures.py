@@ -41,7 +41,6 @@ ROWS: list[dict[str, object]] = [
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cohort")
     write_inputs(folder)
-    np.save(folder / "cells.npy", np.random.default_rng(0).normal(size=(16, 1, 2)).astype(np.float32))
     return folder
 
 

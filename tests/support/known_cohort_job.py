@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.cohort.config import CohortConfig
 from engine.core.cli import configured
 from tests.support.documents_place import write_model, write_slide
@@ -37,8 +39,9 @@ BAGS: dict[str, Any] = {
 
 
 def write_inputs(folder: Path) -> None:
-    """Write the model as folder/model and two slides in folder/slides."""
+    """Write the model as folder/model, two slides in folder/slides, and the vectors of a picture of two cells."""
     write_model(folder)
+    np.save(folder / "cells.npy", np.random.default_rng(0).normal(size=(16, 1, 2)).astype(np.float32))
     for number in range(2):
         write_slide(folder / f"slides/s{number}.tiff", number, PX)
 
