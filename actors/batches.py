@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from engine.core.units import LATENT_CHANNELS, LATENT_FACTOR
+from engine.core.units import LATENT_CHANNELS, LATENT_FACTOR, TILE_LATENT_PX
 from engine.sampling.denoiser import DecodeBatch, DecodedBatch, EncodeBatch, EncodedBatch, TileBatch, TilePrediction
 
 Batch = TileBatch | DecodeBatch | EncodeBatch
@@ -161,8 +161,8 @@ def fault_of(batch: Batch, value: Value) -> str | None:
         b, c, h, w = batch.latents.shape
         wanted, came = [(b, c, h * LATENT_FACTOR, w * LATENT_FACTOR)], [value.images]
     elif isinstance(batch, EncodeBatch) and isinstance(value, EncodedBatch):
-        b, _, h, w = batch.images.shape
-        wanted, came = [(b, LATENT_CHANNELS, h // LATENT_FACTOR, w // LATENT_FACTOR)], [value.latents]
+        wanted = [(len(batch.guide.px), LATENT_CHANNELS, TILE_LATENT_PX, TILE_LATENT_PX)]
+        came = [value.latents]
     else:
         return f"answer of type {type(value).__name__}"
     shapes = [array.shape for array in came]

@@ -142,8 +142,9 @@ class DenoiserActor:
         return _timed(self._denoiser(float32).decode_batch, replace(batch, latents=batch.latents.copy()))
 
     def encode(self, batch: EncodeBatch, float32: bool = False) -> Answer:
-        """Encode a batch of picture windows; `float32` as in denoise."""
-        return _timed(self._denoiser(float32).encode_batch, replace(batch, images=batch.images.copy()))
+        """Enlarge a guide over a batch of tiles and encode it; `float32` as in denoise."""
+        writable = replace(batch, guide=replace(batch.guide, px=batch.guide.px.copy()))
+        return _timed(self._denoiser(float32).encode_batch, writable)
 
     def _denoiser(self, float32: bool) -> LocalDenoiser:
         if self._local is None:

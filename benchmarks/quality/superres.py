@@ -32,7 +32,8 @@ from engine.generation.run import run
 from engine.generation.session import local_backend
 from engine.generation.superres import SuperresConfig, plan_run
 from engine.images.ome_zarr import Image
-from engine.sampling.pixels import moved_onto, to_uint8
+from engine.sampling.back_projection import moved_onto
+from engine.sampling.pixels import to_uint8
 from engine.slides.phantom.render import Phantom
 from engine.training.demo.data import HELDOUT_SEED, box_average
 

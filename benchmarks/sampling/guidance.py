@@ -95,7 +95,7 @@ class Counting:
 
     def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
         for batch in batches:
-            self.encoded += len(batch.images)
+            self.encoded += len(batch.guide.px)
             yield self.inner.encode_batch(batch)
 
 

@@ -148,5 +148,5 @@ class SharedReplicas(VirtualReplicas):
         elif isinstance(batch, DecodeBatch):
             gflop = len(batch.latents) * GFLOP["decode"]
         else:
-            gflop = len(batch.images) * GFLOP["encode"]
+            gflop = len(batch.guide.px) * GFLOP["encode"]
         return self.batch_s * gflop / (TILES * 2 * GFLOP["denoise"])

@@ -29,9 +29,10 @@ from engine.model.weights.cdm import load_cdm
 from engine.model.weights.folder import hash_tensors
 from engine.model.weights.hub import DEMO
 from engine.model.zoomldm import ZoomLDM
+from engine.sampling.back_projection import GuideWindows
 from engine.sampling.config import RunConfig
 from engine.sampling.guidance import GuidePicture
-from engine.sampling.pixels import enlarged_tile, to_uint8
+from engine.sampling.pixels import to_uint8
 from engine.sampling.plan import Plan
 
 STORED = "conditions.npy"
@@ -211,7 +212,8 @@ def _vectors_of_enlarged(config: RunConfig, picture: np.ndarray, model: ZoomLDM,
     rows, columns = (side * n for side in windows.shape)
     vectors = []
     for y in range(rows):  # a row of cells at a time: the enlarged picture may be too large to hold
-        cells = [enlarged_tile(guide, y * TILE_LATENT_PX, x * TILE_LATENT_PX) for x in range(columns)]
+        corners = [(y * TILE_LATENT_PX, x * TILE_LATENT_PX) for x in range(columns)]
+        cells = [GuideWindows.of(guide, [corner]).enlarged()[0].numpy() for corner in corners]
         vectors.append(embedding_grid(np.concatenate(to_uint8(np.stack(cells)).transpose(0, 2, 3, 1), axis=1), encoder))
     grid = np.concatenate(vectors, axis=1)
     return grid.reshape(len(grid), rows // n, n, columns // n, n).mean(axis=(2, 4))

@@ -19,8 +19,9 @@ from engine.images.formats import write_export
 from engine.images.metrics import consistency_psnr, seam_score, seam_scores, write_report
 from engine.images.ome_zarr import TOP_PX, Image
 from engine.images.png import write_picture, write_preview
+from engine.sampling.back_projection import consistent_rows, rows_above
 from engine.sampling.config import ExportFormat, RunConfig
-from engine.sampling.pixels import consistent_rows, decode_rows, rows_above, to_uint8
+from engine.sampling.pixels import decode_rows, to_uint8
 from engine.sampling.plan import Level, Plan
 from engine.sampling.sampler import Sampling, picture_of
 

@@ -20,6 +20,7 @@ from engine.core.errors import DeviceMemoryError
 from engine.core.numerics import resize_by
 from engine.core.units import LATENT_FACTOR
 from engine.model.zoomldm import ZoomLDM
+from engine.sampling.back_projection import GuideWindows
 
 log = logging.getLogger(__name__)
 B = TypeVar("B", "TileBatch", "DecodeBatch", "EncodeBatch")
@@ -91,12 +92,11 @@ class DecodedBatch:
 
 @dataclass(frozen=True)
 class EncodeBatch:
-    """Picture windows to encode; padded like TileBatch."""
+    """Windows of a guide to enlarge over their tiles and to encode; padded like TileBatch."""
 
     key: str
     tiles: tuple[int, ...]
-    images: Float32[np.ndarray, "b 3 h w"]
-    """float32 (B, 3, 256, 256) in [-1, 1]."""
+    guide: GuideWindows
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ class LocalDenoiser:
         return self._evaluate(self._decode, batch)
 
     def encode_batch(self, batch: EncodeBatch) -> EncodedBatch:
-        """Encode one batch of picture windows. Raises DeviceMemoryError."""
+        """Enlarge a guide over one batch of tiles and encode it. Raises DeviceMemoryError."""
         return self._evaluate(self._encode, batch)
 
     def _evaluate(self, function: Callable[[B], A], batch: B) -> A:
@@ -277,7 +277,7 @@ class LocalDenoiser:
 
     @torch.inference_mode()
     def _encode(self, batch: EncodeBatch) -> EncodedBatch:
-        latents = self.model.encode(torch.as_tensor(batch.images).to(self.model.device))
+        latents = self.model.encode(batch.guide.enlarged(self.model.device))
         return EncodedBatch(batch.key, latents.float().cpu().numpy())
 
     def _context(self, batch: TileBatch) -> Tensor:
@@ -311,6 +311,7 @@ class PointwiseDenoiser:
     def encode(self, batches: Iterable[EncodeBatch]) -> Iterator[EncodedBatch]:
         f = LATENT_FACTOR
         for batch in batches:
-            n, c, h, w = batch.images.shape
-            cells = batch.images.reshape(n, c, h // f, f, w // f, f)
+            images = batch.guide.enlarged().numpy()
+            n, c, h, w = images.shape
+            cells = images.reshape(n, c, h // f, f, w // f, f)
             yield EncodedBatch(batch.key, cells.mean(axis=(3, 5), dtype=np.float32))

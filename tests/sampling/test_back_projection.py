@@ -1,11 +1,15 @@
-"""A picture moved onto its guide: exact where it can be, and the same however the stream is cut."""
+"""A picture moved onto its guide, and a guide enlarged: exact where they can be, the same however they are cut."""
 
 import numpy as np
 import pytest
+import torch
 
+from engine.core.numerics import resize_by
 from engine.core.streaming import cut
+from engine.core.units import LATENT_FACTOR, TILE_PX
+from engine.sampling.back_projection import BAND_PX, GuideWindows, consistent_rows, moved_onto, rows_above
 from engine.sampling.config import GuidanceConfig
-from engine.sampling.pixels import BAND_PX, consistent_rows, rows_above
+from engine.sampling.guidance import GuidePicture
 
 DRAW = np.random.default_rng(0)
 
@@ -79,7 +83,7 @@ def test_bytes_depend_neither_on_chunks_nor_on_where_it_was_continued() -> None:
 def test_a_band_is_what_the_whole_is(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, guide = picture(1024, 96), DRAW.uniform(-0.5, 0.5, (3, 256, 24)).astype(np.float32)
     banded = moved(whole, guide, 4)
-    monkeypatch.setattr("engine.sampling.pixels.BAND_PX", 1024)
+    monkeypatch.setattr("engine.sampling.back_projection.BAND_PX", 1024)
     np.testing.assert_allclose(banded, moved(whole, guide, 4), atol=1e-6)
 
 
@@ -89,3 +93,32 @@ def test_a_guide_may_reach_beyond_the_picture() -> None:
     assert found.shape == whole.shape
     inner = np.concatenate(list(cut([found], (0, 508), (0, 248))), axis=1).reshape(3, 127, 4, 62, 4).mean(axis=(2, 4))
     assert np.abs(inner - 0.1).max() < 0.03
+
+
+@pytest.mark.parametrize("ratio", [2, 6, 16])
+def test_windows_of_a_guide_show_what_the_whole_enlarged_guide_shows(ratio: int) -> None:
+    image = np.random.default_rng(ratio).uniform(-1, 1, (3, 200, 220)).astype(np.float32)
+    small = torch.as_tensor(image)[None]
+    whole = moved_onto(resize_by(small, ratio), small, ratio)[0].numpy()
+    first = (15 * ratio) // LATENT_FACTOR + 1  # so far from the border that nothing is repeated for a window
+    corners = [(first, first + 2), (first + 1, first)]
+    windows = GuideWindows.of(GuidePicture(image, ratio), corners)
+    for (y, x), tile in zip(corners, windows.enlarged().numpy(), strict=True):
+        top, left = y * LATENT_FACTOR, x * LATENT_FACTOR
+        expected = whole[:, top : top + TILE_PX, left : left + TILE_PX]
+        np.testing.assert_allclose(tile, expected, atol=1e-5)  # the whole picture's places are rounded otherwise
+
+
+def test_a_window_has_the_same_bytes_in_any_batch() -> None:
+    guide = GuidePicture(np.random.default_rng(0).uniform(-1, 1, (3, 70, 90)).astype(np.float32), ratio=6)
+    corners = [(0, 0), (41, 7), (64, 90)]
+    together = GuideWindows.of(guide, corners).enlarged()
+    alone = [GuideWindows.of(guide, [corner]).enlarged()[0] for corner in corners]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_past_the_border_of_a_guide_its_last_px_is_repeated() -> None:
+    image = np.zeros((3, 64, 64), np.float32)
+    image[:, :, -30:] = 0.5
+    tile = GuideWindows.of(GuidePicture(image, ratio=4), [(0, 64)]).enlarged()[0]
+    assert torch.equal(tile, torch.full_like(tile, 0.5))

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.sampling.back_projection import GuideWindows
 from engine.sampling.denoiser import (
     DecodeBatch,
     DecodedBatch,
@@ -21,6 +22,7 @@ from engine.sampling.denoiser import (
     TileBatch,
     TilePrediction,
 )
+from engine.sampling.guidance import GuidePicture
 
 READ_AHEAD = 16
 """Batches any denoiser of these tests may take before it has answered the first."""
@@ -75,7 +77,8 @@ def decode_batch(index: int) -> DecodeBatch:
 
 def encode_batch(index: int) -> EncodeBatch:
     draw = np.random.default_rng(index)
-    return EncodeBatch(f"encode/{index}", (index,), draw.uniform(-1, 1, (2, 3, 256, 256)).astype(np.float32))
+    guide = GuidePicture(draw.uniform(-1, 1, (3, 64, 96)).astype(np.float32), ratio=4)
+    return EncodeBatch(f"encode/{index}", (index,), GuideWindows.of(guide, [(0, 0), (0, 32)]))
 
 
 class Counting:
