@@ -15,7 +15,7 @@ import numpy as np
 from mil.augmentation.config import ARMS, AugmentConfig
 from mil.augmentation.generator import Exposure
 from mil.augmentation.subsets import shares
-from mil.augmentation.trials import Trial
+from mil.augmentation.trials import SYNTHETIC, Trial
 from mil.fit.metrics import FIGURES, RESAMPLES, Interval, Predictions, difference, interval
 from mil.folds.folds import joined, read_predictions
 from mil.study import Study
@@ -52,15 +52,45 @@ def collect(study: Study, trials: Sequence[Trial], config: AugmentConfig, seen: 
         "noise": config.noise,
         "amount": config.amount,
         "bootstrap": {"unit": "patient", "resamples": RESAMPLES, "seed": config.seed, "level": 0.95},
+        "kept": _kept([t for t in trials if t.judged and t.fraction == max(config.fractions)], config.seed),
         "arms": rows,
     }
 
 
-def _pooled(trials: Sequence[Trial]) -> Found:
+def _pooled(trials: Sequence[Trial], part: str = "test") -> Found:
     parts: dict[int, list[Predictions]] = {}
     for trial in trials:
-        parts.setdefault(trial.fold.repeat, []).append(read_predictions(trial.folder))
+        parts.setdefault(trial.fold.repeat, []).append(read_predictions(trial.folder, part))
     return {repeat: joined(found) for repeat, found in parts.items()}
+
+
+def _kept(trials: Sequence[Trial], seed: int) -> dict[str, Any] | None:
+    """Return how well real bags teach to tell the label from synthetic ones, and from real ones of the same patients.
+
+    None where no synthetic bag is of a tested patient.
+    """
+    made, real = _pooled(trials, SYNTHETIC), _pooled(trials)
+    if not any(found.patients for found in made.values()):
+        return None
+    same = {repeat: real[repeat].only(found.patients) for repeat, found in made.items()}
+    return {
+        "fraction": trials[0].fraction,
+        "patients": len({slide.source for trial in trials for slide in trial.judged}),
+        "synthetic": plain(interval(FIGURES["auroc"], made, seed)),
+        "real": plain(interval(FIGURES["auroc"], same, seed)),
+    }
+
+
+def kept_sentence(results: Mapping[str, Any]) -> str:
+    """Say whether synthetic bags keep their label; nothing where no one can say."""
+    kept = results["kept"]
+    if kept is None or kept["synthetic"]["value"] is None:
+        return ""
+    return (
+        f"Taught by real bags (fraction {kept['fraction']:g}), classifiers tell the label of {kept['patients']} test "
+        f"patients with an AUROC of {shown(kept['real'])} from their real bags and {shown(kept['synthetic'])} from "
+        "their synthetic ones: how far the second is below the first, the generator lost the sign"
+    )
 
 
 def _row(study: Study, trials: Sequence[Trial], found: Found, treated: Found | None, seed: int) -> dict[str, Any]:
@@ -118,7 +148,8 @@ def as_text(results: Mapping[str, Any]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
              for line in [head, *rows]]  # fmt: skip
     note = f"{results['patients']} patients; 95 % intervals by paired bootstrap over patients"
-    return "\n".join([note, results["generator"]["sentence"], "", *lines]) + "\n"
+    said = [text for text in (note, results["generator"]["sentence"], kept_sentence(results)) if text]
+    return "\n".join([*said, "", *lines]) + "\n"
 
 
 def as_csv(results: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from engine.core.documents import html
 from engine.core.files import write_atomically
 from mil.augmentation.config import ARMS
-from mil.augmentation.figures import NAMES, as_csv, as_text, table_rows
+from mil.augmentation.figures import NAMES, as_csv, as_text, kept_sentence, table_rows
 from mil.report import plots
 
 COLOURS = {"real": "#4b5560", "real_twice": "#c46a1b", "real_noise": "#d9a441", "real_synthetic": "#1f5fa8",
@@ -46,12 +46,12 @@ def page(results: Mapping[str, Any], picture: str, folder: Path) -> str:
         f"{results['folds']} folds. Encoder: {results['encoder'] or 'not recorded'}. For research, not for diagnosis."
     )
     head, rows = table_rows(results)
-    generator = results["generator"]["sentence"]
+    said = [text for text in (results["generator"]["sentence"], kept_sentence(results)) if text]
     again = f"python -m mil.augment --config {folder / 'config.yaml'}"
     return html.page(
         title,
         f"<h1>{html.escape(title)}</h1>" + html.paragraph(verdict(results), "lead") + html.paragraph(about, "soft"),
-        html.section("The generator", html.paragraph(generator[0].upper() + generator[1:] + ".")),
+        html.section("The generator", *(html.paragraph(text[0].upper() + text[1:] + ".") for text in said)),
         html.section("Arms", html.figure(picture, "AUROC with 95 % interval over patients.", full=True),
                      html.table([*head[1:2], *head[:1], *head[2:]], [[r[1], r[0], *r[2:]] for r in rows]),
                      html.paragraph(ABOUT, "soft")),

@@ -98,11 +98,12 @@ def _trials(work: Augmentation, digest: str) -> Iterator[Trial]:
             for arm in config.arms:
                 name = trial_name(fold, fraction, arm)
                 own = tuple(bags) if "synthetic" in arm else ()
+                judged = tuple(s for s in work.synthetic.slides if arm == "real" and s.source in fold.test)
                 if arm == "synthetic":
                     _check_classes(name, {s.label for s in own}, study.task.classes)
                 place = (work.folder / "folds" / name).resolve()
                 yield Trial(place, fold, arm, fraction, study.cohort, own, files, replace(facts, name=name), settings,
-                            config.noise, config.threads, cache)  # fmt: skip
+                            config.noise, config.threads, cache, judged)  # fmt: skip
 
 
 def _check_classes(name: str, labels: set[int], classes: Sequence[str]) -> None:

@@ -24,6 +24,9 @@ from mil.fit.store import FoldFacts, save_fold
 from mil.fit.training import Part
 from mil.folds.folds import MODEL, write_predictions, write_rows
 
+SYNTHETIC = "synthetic"
+"""Part of the predictions: test patients, judged by synthetic bags."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -45,6 +48,8 @@ class Trial:
     noise: float
     threads: int
     cache: BagCache
+    judged: tuple[Slide, ...] = ()
+    """Synthetic bags of its test patients: what it says of them tells whether they keep their label."""
 
     def __post_init__(self) -> None:
         strangers = sorted({s.name for s in self.synthetic if s.source not in self.fold.train})
@@ -114,6 +119,8 @@ def do_trial(trial: Trial) -> str:
     """Train, judge validation and test patients, and store it; return the trial's name."""
     torch.set_num_threads(trial.threads)
     parts = {part: _part(trial, trial.fold.slides(trial.cohort, part)) for part in ("validation", "test")}
+    if trial.judged:
+        parts[SYNTHETIC] = _part(trial, [replace(s, patient=s.source or s.patient) for s in trial.judged])
     train = training_part(trial)
     classifier = MILClassifier(**trial.classifier).fit(train.bags, train.labels, train.groups, parts["validation"])
     trial.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ Of more than two classes, AUROC and average precision are means over the classes
 Sources: Efron & Tibshirani 1993 (percentile intervals); Davison & Hinkley 1997 (p-value of a paired difference).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,12 @@ class Predictions:
     @property
     def classes(self) -> int:
         return 2 if self.probability.ndim == 1 else self.probability.shape[1]
+
+    def only(self, patients: Collection[str]) -> "Predictions":
+        """Return the rows of some patients."""
+        kept = np.isin(np.array(self.patients, object), list(patients))
+        names = tuple(name for name, keep in zip(self.patients, kept, strict=True) if keep)
+        return Predictions(names, self.labels[kept], self.probability[kept], self.called[kept])
 
     def against_the_rest(self, label: int) -> "Predictions":
         """Return one class against all others, as two classes."""

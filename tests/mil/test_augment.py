@@ -99,6 +99,29 @@ def test_a_bag_of_a_tested_patient_is_never_learnt_from(known: KnownCohort, synt
         replace(with_bags, synthetic=(validated,))
 
 
+def test_what_is_told_of_synthetic_bags_is_of_tested_patients(
+    finished: Path, known: KnownCohort, synthetic: Path, tmp_path: Path
+) -> None:
+    trials = trials_of(known, synthetic, tmp_path)
+    for (_, arm), trial in trials.items():
+        assert {slide.source for slide in trial.judged} == (trial.fold.test if arm == "real" else set())
+    kept = json.loads((finished / "metrics.json").read_text())["kept"]
+    assert kept["patients"] == 32
+    assert kept["fraction"] == 1
+    assert kept["synthetic"]["value"] > 0.6  # they have the signs of their class
+    assert kept["synthetic"]["value"] != kept["real"]["value"]
+    assert "from their synthetic ones" in (finished / "report.html").read_text()
+
+
+def test_synthetic_bags_that_lost_their_sign_are_found_out(known: KnownCohort, tmp_path: Path) -> None:
+    """Real bags teach that bags with the other class's signs are the other's, whatever the table says."""
+    swapped = write_synthetic(tmp_path / "swapped", known, swapped=True)
+    few = {"arms": ("real", "real_synthetic"), "fractions": (1.0,)}
+    run(plan(config_of(known, swapped, tmp_path / "run", **few)), one_by_one, print)
+    kept = json.loads((tmp_path / "run" / "metrics.json").read_text())["kept"]
+    assert kept["synthetic"]["value"] < 0.4 < 0.6 < kept["real"]["value"]
+
+
 def test_what_a_run_leaves(finished: Path, known: KnownCohort) -> None:
     results = json.loads((finished / "metrics.json").read_text())
     assert [(row["fraction"], row["arm"]) for row in results["arms"]] == [(f, a) for f in (0.25, 1.0) for a in ARMS]

@@ -57,14 +57,16 @@ def write_cohort(folder: Path, patients: int = 40, seed: int = 0, shuffled: bool
     return KnownCohort(features, labels, truth)
 
 
-def write_synthetic(folder: Path, known: KnownCohort) -> Path:
-    """Write a generated cohort: two bags of each patient with the signs of its class, and a picture that failed."""
+def write_synthetic(folder: Path, known: KnownCohort, swapped: bool = False) -> Path:
+    """Write a generated cohort: two bags of each patient with the signs of its class (`swapped`: of the other one), and
+    a picture that failed."""
     (folder / "features").mkdir(parents=True)
     rows: list[dict[str, object]] = []
     for number, (patient, label) in enumerate(known.truth.items()):
         for copy in range(2):
             name = f"made-{patient}-{copy}"
-            write_slide(folder / "features", name, bool(label), bool(label), 500 + 2 * number + copy, synthetic=True)
+            sign = bool(label) != swapped
+            write_slide(folder / "features", name, sign, sign, 500 + 2 * number + copy, synthetic=True)
             kind = ("HR proficient", "HR deficient")[label]
             rows.append({"name": name, "label": kind, "patient": patient, "source_patient": patient, "status": "done"})
     rows.append({"name": "lost", "label": "", "patient": "P001", "source_patient": "P001", "status": "failed"})
