@@ -1,5 +1,6 @@
 """Does synthetic data help? Train on real bags, and on them with synthetic ones, beside controls, on the same patients.
 
+    python -m mil.augment --task hrd --features features --labels table.csv --wanted rows.csv
     python -m mil.augment --task hrd --features features --labels table.csv --synthetic synthetic/
     python -m mil.augment --task hrd --features features --labels table.csv --synthetic synthetic/ --plan
 
@@ -17,7 +18,8 @@ from engine.core.cli import parse_with_flags
 from engine.core.exits import DONE, exit_code, say
 from engine.core.runtime import one_by_one
 from mil.augmentation.config import AugmentConfig
-from mil.augmentation.protocol import MARKER, plan, run, told
+from mil.augmentation.protocol import MARKER, plan, real_folds, run, told
+from mil.augmentation.wanted import write_wanted
 from mil.study import check_folder, read_through
 
 PROG = "python -m mil.augment"
@@ -30,6 +32,9 @@ def main(argv: Sequence[str]) -> int:
     config, flags = parse_with_flags(argv, AugmentConfig, PROG, (__doc__ or "").splitlines()[0], FLAGS)
 
     def work() -> int:
+        if config.wanted is not None:
+            sys.stdout.write(write_wanted(config, *real_folds(config)))
+            return DONE
         planned = plan(config)
         say(told(planned))
         if "plan" in flags:

@@ -25,6 +25,9 @@ class AugmentConfig(BaseStudyConfig):
     """Deviation of the noise of real_noise, in deviations of each feature over the arm's real training tiles."""
     amount: int | None = None
     """Synthetic bags taken of each training patient; fewer are an error. None takes all that are there."""
+    wanted: str | None = None
+    """CSV to write instead of training: a row for each synthetic bag that the arms need, `amount` (or one) of each
+    training patient of any fold, as engine.generate_cohort --table takes them."""
     tiles: int = 1
     """Tiles that each synthetic bag must have; fewer are an error."""
 

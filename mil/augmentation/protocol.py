@@ -54,8 +54,8 @@ class Augmentation:
         return {**self.study.keys, **own, "synthetic.bags": digest}
 
 
-def plan(config: AugmentConfig) -> Augmentation:
-    """Read and check everything; writes nothing. Raises StudyError, BagError."""
+def real_folds(config: AugmentConfig) -> tuple[Study, dict[float, tuple[Fold, ...]]]:
+    """Return the real cohort's study and the folds of each fraction. Raises StudyError, BagError."""
     study = prepare(config.study())
     output = replace(study.config.output, folder=config.output.folder or f"runs/augment/{study.task.name}")
     study = replace(study, config=replace(study.config, output=output))
@@ -64,11 +64,17 @@ def plan(config: AugmentConfig) -> Augmentation:
             f"--features and --labels must be of real slides; {made[0]} is synthetic. Give synthetic bags by "
             "--synthetic, so that no arm takes them for real."
         )
-    task, cohort = study.task, study.cohort
     folds = {
-        fraction: tuple(subset(fold, cohort, fraction, task.classes, config.seed) for fold in study.folds)
+        fraction: tuple(subset(fold, study.cohort, fraction, study.task.classes, config.seed) for fold in study.folds)
         for fraction in sorted(config.fractions)
     }
+    return study, folds
+
+
+def plan(config: AugmentConfig) -> Augmentation:
+    """Read and check everything; writes nothing. Raises StudyError, BagError."""
+    study, folds = real_folds(config)
+    task, cohort = study.task, study.cohort
     synthetic = SyntheticBags((), {})
     if config.needs_synthetic:
         if config.synthetic is None:

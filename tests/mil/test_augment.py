@@ -9,13 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.cohort.config import CohortConfig
+from engine.cohort.table import Row
+from engine.cohort.table import read_table as read_asked
 from engine.core.errors import CanvasMismatchError, EngineError
 from engine.core.runtime import one_by_one
 from engine.model.weights.training_slides import read_training_slides, write_training_slides
 from mil import augment as augment_command
 from mil.augmentation.config import ARMS, AugmentConfig
-from mil.augmentation.protocol import _trials, plan, run
+from mil.augmentation.protocol import _trials, plan, real_folds, run
 from mil.augmentation.trials import Trial, training_part
+from mil.augmentation.wanted import write_wanted
 from mil.errors import CohortError, LeakageError, RunError, SplitError, StudyError
 from mil.fit.training import TrainingConfig
 from mil.folds.config import ModelSection, StudyOutput
@@ -289,3 +293,29 @@ def test_settings_out_of_range() -> None:
     for changes in ({"fractions": (0.0,)}, {"fractions": (1.0, 1.0)}, {"arms": ("synthetic",)}, {"noise": 0.0}):
         with pytest.raises(ValueError, match=next(iter(changes))):
             AugmentConfig(**changes)  # type: ignore[arg-type]
+
+
+def test_the_bags_that_are_wanted(known: KnownCohort, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of the training patients of the fraction, as many as are asked for, and no others."""
+    path = tmp_path / "rows.csv"
+    config = config_of(known, None, tmp_path / "run", fractions=(0.25,), amount=3, wanted=str(path))
+    study, folds = real_folds(config)
+    told = write_wanted(config, study, folds)
+    rows = read_table(path)
+    trained = {p for fold in folds[0.25] for p in fold.train}
+    assert trained < set(known.truth)
+    assert {row["source_patient"] for row in rows} == trained
+    assert len(rows) == len({row["name"] for row in rows}) == 3 * len(trained)
+    owners = {slide.name: slide.patient for slide in study.cohort.slides}
+    for row in rows:
+        assert owners[row["reference"]] == row["patient"] == row["source_patient"]
+        assert study.task.classes.index(row["label"]) == known.truth[row["patient"]]
+    assert f"--table {path}" in told
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    for name in owners:
+        (slides / f"{name}.svs").touch()  # looked up, not opened
+    taken = read_asked(CohortConfig(table=str(path), slides=str(slides), bags_only=True))
+    assert [row.name for row in taken if isinstance(row, Row)] == [row["name"] for row in rows]
+    with pytest.raises(StudyError, match="must name a new file"):
+        write_wanted(config, study, folds)
