@@ -38,7 +38,7 @@ from engine.model.config import ModelConfig
 from engine.model.zoomldm import ZoomLDM
 from engine.sampling.config import RunConfig
 
-REPLICAS_PER_COORDINATOR = 8
+REPLICAS_PER_COORDINATOR = 4
 """Where nobody says how many coordinators there are; how many a core keeps busy is in docs/results/scaling.md."""
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from engine.model.zoomldm import ZoomLDM
 from engine.sampling.pixels import to_uint8
 from engine.sampling.ssl_grid import extend_grid
 from engine.slides.slide import Slide
-from engine.slides.tile_grid import MOSAIC_PX, PARENT_FACTOR, plan_grid
+from engine.slides.tile_grid import MOSAIC_PX, PARENT_FACTOR, cut_mosaic, plan_grid
 from engine.slides.tissue import find_tissue
 
 COARSE_FIRST = 2**40
@@ -66,6 +66,8 @@ class Tiles:
     mpp_source: str
     size: tuple[int, int]
     """Level-0 px of the source, (width, height)."""
+    pictures: tuple[NDArray[np.uint8], NDArray[np.uint8]] | None = None
+    """Where patches begin from the source's own tiles: these, fine and coarse, (n, 256, 256, 3)."""
 
     @property
     def own(self) -> NDArray[np.float32]:
@@ -139,8 +141,9 @@ class BagMaker:
         plans = {name: self._plan(row, tiles, facts) for name, facts in self.facts.items()}
         writers = {name: BagWriter(bag_file(self.config, row.name, name), plan) for name, plan in plans.items()}
         fine, coarse = self.names
-        drawn = self._write(row, writers, fine, tiles.coords, tiles.own, 0)
-        drawn += self._write(row, writers, coarse, tiles.parent_coords, tiles.vectors, COARSE_FIRST)
+        pictures = tiles.pictures or (None, None)
+        drawn = self._write(row, writers, fine, tiles.coords, tiles.own, 0, pictures[0])
+        drawn += self._write(row, writers, coarse, tiles.parent_coords, tiles.vectors, COARSE_FIRST, pictures[1])
         for writer in writers.values():
             writer.finish()
         first = bag_file(self.config, row.name)
@@ -152,12 +155,12 @@ class BagMaker:
 
     def _write(
         self, row: Row, writers: Mapping[str, BagWriter], scale: str, coords: NDArray[np.int64],
-        cells: NDArray[np.float32], first: int,
+        cells: NDArray[np.float32], first: int, sources: NDArray[np.uint8] | None,
     ) -> int:  # fmt: skip
         """Draw and encode the tiles of a magnification that are missing, batch by batch; return how many were drawn."""
         size, index, drawn = self.config.sampling.batch_size, self.model.config.scale.index(scale), 0
         bags = self.config.bags
-        sampler = PatchSampler(bags.scheduler, bags.steps, bags.scale, row.seed)
+        sampler = PatchSampler(bags.scheduler, bags.steps, bags.scale, row.seed, bags.strength)
         for start in range(0, len(coords), size):
             stop = min(start + size, len(coords))
             todo = {n: w for n, w in writers.items() if any(a < stop and start < b for a, b in w.missing(scale))}
@@ -165,7 +168,8 @@ class BagMaker:
                 continue
             # Always one shape: another one takes other kernels, whose last bits differ.
             filled = np.minimum(np.arange(start, start + size), stop - 1)
-            pictures = to_uint8(sampler.draw(self.model, list(cells[filled]), index, first + start))
+            begun = None if sources is None else _as_images(sources[filled])
+            pictures = to_uint8(sampler.draw(self.model, list(cells[filled]), index, first + start, begun))
             kept = np.ascontiguousarray(pictures[: stop - start])
             drawn += len(kept)
             under = cells[start:stop] if scale != self.names[0] else None
@@ -201,6 +205,12 @@ class BagMaker:
 
     def _tiles(self, row: Row) -> Tiles:
         if row.embeddings is not None:
+            if self.config.bags.strength < 1:
+                raise RowError(
+                    "no_pixels",
+                    f"{row.name}: with bags.strength below 1 patches begin from the tiles of a "
+                    "reference; stored vectors have none. Name a reference, or set bags.strength 1.",
+                )
             return self._tiles_of_grid(row)
         assert row.reference is not None  # rows of bags are looked up
         slide = open_reference(row.reference, self.config, self.config.grid.mpp)
@@ -214,11 +224,14 @@ class BagMaker:
         grid = plan_grid(slide, find_tissue(slide, self.config.finder), self.config.grid)
         inside = np.ones(len(grid), bool) if row.region is None else _inside(grid.coords, grid.field, row.region)
         kept, parents = _chosen(row, grid.parent, inside, self.config.bags.tiles)
-        vectors = []
+        vectors, fine, coarse = [], [], []
         for number in parents:
             x, y = (float(v) for v in grid.parent_coords[number])
             mosaic = slide.read(x, y, MOSAIC_PX, MOSAIC_PX, grid.mpp).pixels
             vectors.append(embedding_grid(mosaic, self._ssl))
+            if self.config.bags.strength < 1:
+                coarse.append(np.asarray(Pillow.fromarray(mosaic).reduce(PARENT_FACTOR)))
+                fine.append(cut_mosaic(mosaic)[grid.cell[kept][grid.parent[kept] == number]])
         back = {int(number): i for i, number in enumerate(parents)}
         return Tiles(
             coords=grid.coords[kept],
@@ -230,6 +243,7 @@ class BagMaker:
             mpp=(slide.resolution.mpp_x, slide.resolution.mpp_y),
             mpp_source=slide.resolution.source,
             size=(slide.width, slide.height),
+            pictures=(np.concatenate(fine), np.stack(coarse)) if fine else None,
         )
 
     def _tiles_of_grid(self, row: Row) -> Tiles:
@@ -263,6 +277,11 @@ class BagMaker:
             mpp_source="stored vectors",
             size=(width * TILE_PX, height * TILE_PX),
         )
+
+
+def _as_images(pictures: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return (n, h, w, 3) as (n, 3, h, w) in [−1, 1]."""
+    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2), np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def _inside(coords: NDArray[np.int64], field: tuple[float, float], box: Box) -> NDArray[np.bool_]:

@@ -47,6 +47,9 @@ class BagsConfig:
     """Its steps."""
     scale: float = 2.0
     """Guidance scale s = 1 + w of a patch; 1 leaves the null call out."""
+    strength: float = 1.0
+    """How far patches leave their source: 1 draws them from noise, on its vectors alone; less begins from its tile,
+    noised so that this share of the steps is left. Below 1 every row needs a reference."""
     encoders: tuple[str, ...] = ("zoomldm",)
     """As of engine.extract_features: zoomldm, and SSL encoders. Bags of the first are in `features`."""
     precision: Literal["float32", "float16"] = "float32"
@@ -56,6 +59,7 @@ class BagsConfig:
         require(self.tiles >= 1, "bags.tiles must be at least 1", self.tiles)
         require(self.steps >= 1, "bags.steps must be at least 1", self.steps)
         require(self.scale >= 1, "bags.scale must be at least 1", self.scale)
+        require(0 < self.strength <= 1, "bags.strength must lie in (0, 1], a share of the steps", self.strength)
         require(self.scheduler in SCHEDULERS, f"bags.scheduler must be one of {', '.join(SCHEDULERS)}", self.scheduler)
         require(
             0 < len(self.encoders) == len(set(self.encoders)),
@@ -94,8 +98,8 @@ class CohortConfig(RunConfig):
     bags_only: bool = False
     """Draw no pictures: bags of single tiles on the conditions of each row's reference, encoded at once."""
     coordinators: int | None = None
-    """On Ray: processes that each lead pictures over their share of the replicas; None: one per 8 replicas."""
-    pictures_at_once: int = 3
+    """On Ray: processes that each lead pictures over their share of the replicas; None: one per 4 replicas."""
+    pictures_at_once: int = 4
     """On Ray: pictures that a coordinator leads side by side, so that no replica waits while one begins or ends."""
     recipe: RecipeConfig = field(default_factory=RecipeConfig)
     bags: BagsConfig = field(default_factory=BagsConfig)
@@ -135,4 +139,7 @@ class CohortConfig(RunConfig):
             drawn = {name: getattr(self, name) for name in ("cdm_steps", "text_steps", "text_weight", "picture")}
             return found | drawn
         sections = {"bags": self.bags, "features": self.features, "finder": self.finder, "grid": self.grid}
-        return found | {f"{s}.{k}": v for s, of in sections.items() for k, v in asdict(of).items()}
+        found |= {f"{s}.{k}": v for s, of in sections.items() for k, v in asdict(of).items()}
+        if self.bags.strength == 1:
+            del found["bags.strength"]  # earlier cohorts do not say, and are continued all the same
+        return found

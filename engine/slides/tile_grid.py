@@ -152,17 +152,17 @@ def read_parent(slide: Slide, grid: TileGrid, parent: int) -> ParentPixels:
     region = slide.read(x, y, MOSAIC_PX, MOSAIC_PX, grid.mpp)
     cells = grid.cell[grid.children(parent)]
     reduced = np.asarray(Image.fromarray(region.pixels).reduce(PARENT_FACTOR))
-    valid = _cut(region.valid)[cells].mean(axis=(1, 2))
+    valid = cut_mosaic(region.valid)[cells].mean(axis=(1, 2))
     return ParentPixels(
         parent=reduced,
-        children=np.ascontiguousarray(_cut(region.pixels)[cells]),
+        children=np.ascontiguousarray(cut_mosaic(region.pixels)[cells]),
         parent_valid=float(region.valid.mean()),
         children_valid=valid.astype(np.float32),
         damaged=region.damaged,
     )
 
 
-def _cut(mosaic: NDArray) -> NDArray:  # type: ignore[type-arg]
+def cut_mosaic(mosaic: NDArray) -> NDArray:  # type: ignore[type-arg]
     """Return the mosaic (1024, 1024, ...) as its tiles (16, 256, 256, ...), row by row."""
     n, rest = PARENT_FACTOR, mosaic.shape[2:]
     return mosaic.reshape(n, TILE_PX, n, TILE_PX, *rest).swapaxes(1, 2).reshape(n * n, TILE_PX, TILE_PX, *rest)

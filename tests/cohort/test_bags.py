@@ -8,6 +8,7 @@ import pytest
 from engine.cohort.bags import COARSE_FIRST, BagMaker
 from engine.cohort.output import Record
 from engine.cohort.run import make_alone, make_cohort, rows_of
+from engine.cohort.sources import open_reference
 from engine.cohort.table import Row
 from engine.conditions.patch_sampler import PatchSampler
 from engine.core.progress import Progress
@@ -106,6 +107,38 @@ def test_the_source_slide_decides_what_is_drawn_and_the_seed_varies_it(
     with BagFile(tmp_path / "out/features/of_slide.h5") as bag:
         assert not np.array_equal(bag.features("20x"), before)
         assert coords.shape == bag.coords("20x").shape
+
+
+def test_weak_variations_begin_from_the_tiles_of_their_source(
+    inputs: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[np.ndarray] = []
+    real = PatchSampler.draw
+
+    def noted(self: PatchSampler, model, cells, magnification, first=0, pictures=None):  # noqa: ANN001, ANN202
+        seen.extend(pictures)
+        return real(self, model, cells, magnification, first, pictures)
+
+    monkeypatch.setattr(PatchSampler, "draw", noted)
+    config = job(inputs, tmp_path / "out", rows(inputs)[:1], **(BAGS | {"bags.strength": 0.5}))
+    assert make_cohort(config, make_alone, Progress())[0].reason == ""
+    row = next(row for row in rows_of(config, describe(config.model)) if isinstance(row, Row))
+    assert row.reference is not None
+    slide = open_reference(row.reference, config, config.grid.mpp)
+    with BagFile(tmp_path / "out/features/of_slide.h5") as bag, BagFile(made / "features/of_slide.h5") as other:
+        fine, coarse = (bag.coords(scale) for scale in bag.scales)
+        assert not np.array_equal(bag.features("20x"), other.features("20x"))
+    for (x, y), picture in zip(fine, seen, strict=False):
+        own = slide.read(float(x), float(y), 256, 256, 0.5).pixels.transpose(2, 0, 1)
+        np.testing.assert_allclose((picture + 1) * 127.5, own, atol=1e-3)
+    x, y = map(float, coarse[0])
+    wide = slide.read(x, y, 1024, 1024, 0.5).pixels.reshape(256, 4, 256, 4, 3).mean(axis=(1, 3)).transpose(2, 0, 1)
+    np.testing.assert_allclose((seen[6] + 1) * 127.5, wide, atol=0.51)
+
+
+def test_stored_vectors_have_no_tile_to_begin_from(inputs: Path, tmp_path: Path) -> None:
+    records = make(inputs, tmp_path / "out", **{"bags.strength": 0.5})
+    assert (records["of_slide"].reason, records["of_vectors"].reason) == ("", "no_pixels")
 
 
 class Killed(BaseException):

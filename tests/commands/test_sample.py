@@ -11,6 +11,7 @@ from engine.model.cdm import CDM, CDMConfig
 from engine.model.weights.cdm import save_cdm
 from engine.model.zoomldm import ConditionerConfig, ZoomLDM, tiny_config
 from engine.sample import main
+from engine.slides.phantom.render import Phantom
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +131,19 @@ def test_bad_input(
         found = stop.code
     assert found == code
     assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_weak_variation_stays_near_its_picture(scheduler: str) -> None:
+    demo = ZoomLDM.from_pretrained("demo")
+    tissue = Phantom(3).render(0, 0, 256, 256, 0.5).transpose(2, 0, 1)[None]
+    picture = np.ascontiguousarray(tissue, np.float32) / 127.5 - 1
+    cells = [np.random.default_rng(0).standard_normal((demo.config.ssl_dim, 1, 1)).astype(np.float32)]
+
+    def distance(strength: float) -> float:
+        drawn = PatchSampler(scheduler, 10, 1.0, seed=3, strength=strength).draw(demo, cells, 0, 0, picture)
+        return float(np.abs(drawn - picture).mean())
+
+    weak, middle, strong = distance(0.1), distance(0.5), distance(1.0)
+    assert weak < 0.1
+    assert weak < 0.7 * middle < 0.7 * strong
