@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-view demo-text demo-cohort demo-features demo-mil test test-browser faults interruptions lint docs train-demo \
+.PHONY: help demo demo-view demo-text demo-cohort demo-features demo-mil demo-augment test test-browser faults interruptions lint docs train-demo \
 	clean
 
 help:  ## say what can be made
@@ -45,6 +45,14 @@ demo-mil: .venv/.installed  ## make .venv, write 60 phantom patients, learn thei
 	$(BIN)/python -m mil.compare runs/demo_mil/20x+5x runs/demo_mil/20x runs/demo_mil/5x --out runs/demo_mil/comparison
 	@echo 'Reports: runs/demo_mil/20x+5x/report.html, .../20x/report.html, .../5x/report.html; all together:'
 	@echo 'runs/demo_mil/comparison.txt and .png'
+
+demo-augment: .venv/.installed  ## make .venv, write 60 phantom patients, learn from real and from synthetic bags, compare
+	$(BIN)/python -m engine.phantom_cohort --out runs/demo_augment/cohort --width 2048 --height 2048 --seed 1
+	$(BIN)/python -m engine.extract_features --slides runs/demo_augment/cohort/slides \
+	  --out runs/demo_augment/extraction --encoders '[texture]'
+	$(BIN)/python -m mil.augment --config configs/demo_augment.yaml --wanted runs/demo_augment/wanted.csv
+	$(BIN)/python -m engine.generate_cohort --config configs/demo_augment_bags.yaml
+	$(BIN)/python -m mil.augment --config configs/demo_augment.yaml
 
 test: lint .cache/archives/.fetched  ## make .venv, fetch real slide files, check all, run the tests on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup

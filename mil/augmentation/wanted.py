@@ -29,17 +29,18 @@ def wanted_rows(study: Study, folds: Mapping[float, Sequence[Fold]], amount: int
 
 
 def write_wanted(config: AugmentConfig, study: Study, folds: Mapping[float, Sequence[Fold]]) -> str:
-    """Write the table; return what to do with it. Raises: StudyError if the file is there, CanvasError."""
+    """Write the table; return what to do with it. Raises: StudyError if the file holds something else, CanvasError."""
     assert config.wanted is not None  # asked for
     path = Path(config.wanted)
-    if path.exists():
-        raise StudyError(f"--wanted must name a new file; {path} is there. Remove it, or name another.")
     rows = wanted_rows(study, folds, config.amount or 1)
     out = io.StringIO()
     writer = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, out.getvalue().encode())
+    table = out.getvalue().encode()
+    if path.exists() and path.read_bytes() != table:
+        raise StudyError(f"--wanted must name a new file; {path} holds something else. Remove it, or name another.")
+    write_atomically(path, table)
     patients = len({row["patient"] for row in rows})
     return (
         f"{len(rows)} synthetic bags of {patients} patients are asked for in {path}. Draw them:\n"

@@ -317,5 +317,7 @@ def test_the_bags_that_are_wanted(known: KnownCohort, tmp_path: Path, capsys: py
         (slides / f"{name}.svs").touch()  # looked up, not opened
     taken = read_asked(CohortConfig(table=str(path), slides=str(slides), bags_only=True))
     assert [row.name for row in taken if isinstance(row, Row)] == [row["name"] for row in rows]
+    assert write_wanted(config, study, folds) == told
+    path.write_text("mine")
     with pytest.raises(StudyError, match="must name a new file"):
         write_wanted(config, study, folds)
