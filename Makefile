@@ -50,9 +50,9 @@ demo-augment: .venv/.installed  ## make .venv, write 60 phantom patients, learn 
 	$(BIN)/python -m engine.phantom_cohort --out runs/demo_augment/cohort --width 2048 --height 2048 --seed 1
 	$(BIN)/python -m engine.extract_features --slides runs/demo_augment/cohort/slides \
 	  --out runs/demo_augment/extraction --encoders '[texture]'
-	$(BIN)/python -m mil.augment --config configs/demo_augment.yaml --wanted runs/demo_augment/wanted.csv
-	$(BIN)/python -m engine.generate_cohort --config configs/demo_augment_bags.yaml
-	$(BIN)/python -m mil.augment --config configs/demo_augment.yaml
+	$(BIN)/python -m mil.augment --config configs/augment_demo.yaml --wanted runs/demo_augment/wanted.csv
+	$(BIN)/python -m engine.generate_cohort --config configs/cohort_demo_augment.yaml
+	$(BIN)/python -m mil.augment --config configs/augment_demo.yaml
 
 test: lint .cache/archives/.fetched  ## make .venv, fetch real slide files, check all, run the tests on up to four cores
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup

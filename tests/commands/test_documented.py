@@ -59,7 +59,7 @@ ROWS: dict[str, Small | Held | Cannot] = {
     r"(python3\.11 -m venv|pip install) .*": INSTALL,
     r"zoomldm --help": Small(),
     r"make test": Cannot("it is what runs this; .ci/run calls it"),
-    r"make demo(-features|-mil|-cohort)?": Small(),
+    r"make demo(-features|-mil|-cohort|-augment)?": Small(),
     r"make demo-view": Cannot("it serves a page until Ctrl-C; its two commands are `make demo`'s and engine.view's"),
     # pictures
     r"python generate_large\.py --config configs/demo\.yaml": Small(DEMO),
@@ -174,6 +174,9 @@ ROWS: dict[str, Small | Held | Cannot] = {
     # classifiers
     r"python -m mil\.train --config configs/demo_mil\.yaml .*": Small(f"{STUDY} --training.patience 2"),
     r"python -m mil\.train --task .*": Small(STUDY),
+    r"python -m mil\.augment --config .*": Small(
+        "--folds 2 --fractions [0.5] --training.epochs 2 --training.patience 2 --ray.enabled false"
+    ),
     r"python -m mil\.augment --task .*": Held("tests/mil/test_augment.py::test_the_command"),
     r"python -m mil\.probe --task .*": Held("tests/mil/test_probe.py::test_what_a_probe_leaves"),
     r"python -m mil\.(predict|compare) .*": Small(),
@@ -260,7 +263,11 @@ def test_a_documented_command_runs(command: str, place: Path, monkeypatch: pytes
 def test_every_documented_command_is_in_a_row_and_every_row_is_needed() -> None:
     known = [
         *DOCUMENTED,
-        *(line for target in ("demo", "demo-features", "demo-mil", "demo-cohort") for line in recipe(target)),
+        *(
+            line
+            for target in ("demo", "demo-features", "demo-mil", "demo-cohort", "demo-augment")
+            for line in recipe(target)
+        ),
     ]
     needed = {next(pattern for pattern in ROWS if re.fullmatch(pattern, command)) for command in known}
     assert set(ROWS) - needed == set()

@@ -10,7 +10,7 @@ import yaml
 from engine.core.cli import PROJECT_ROOT, parse, parse_with_flags, peek, take
 from engine.sampling.config import RunConfig
 
-OTHERS = ("train_", "prepare_", "cohort_", "demo_features", "demo_mil")
+OTHERS = ("train_", "prepare_", "cohort_", "augment_", "demo_features", "demo_mil")
 """Configs of other commands."""
 RECIPES = sorted(p for p in (PROJECT_ROOT / "configs").glob("*.yaml") if not p.name.startswith(OTHERS))
 

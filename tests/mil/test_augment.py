@@ -12,6 +12,7 @@ import pytest
 from engine.cohort.config import CohortConfig
 from engine.cohort.table import Row
 from engine.cohort.table import read_table as read_asked
+from engine.core.cli import PROJECT_ROOT, parse
 from engine.core.errors import CanvasMismatchError, EngineError
 from engine.core.runtime import one_by_one
 from engine.model.weights.training_slides import read_training_slides, write_training_slides
@@ -321,3 +322,21 @@ def test_the_bags_that_are_wanted(known: KnownCohort, tmp_path: Path, capsys: py
     path.write_text("mine")
     with pytest.raises(StudyError, match="must name a new file"):
         write_wanted(config, study, folds)
+
+
+def test_the_demos_configs_fit_together() -> None:
+    """The cohort reads the rows that the arms want, and the arms the bags that it writes, where the Makefile says."""
+    arms = parse(["--config=configs/augment_demo.yaml"], AugmentConfig, "augment", "")
+    bags = parse(["--config=configs/cohort_demo_augment.yaml"], CohortConfig, "cohort", "")
+    assert arms.synthetic == bags.out
+    assert bags.bags_only
+    assert arms.labels is not None
+    cohort = Path(arms.labels).parent
+    assert bags.slides == str(cohort / "slides")
+    makefile = (PROJECT_ROOT / "Makefile").read_text()
+    for part in (
+        f"--wanted {bags.table}",
+        f"phantom_cohort --out {cohort}",
+        f"--out {Path(str(arms.features)).parent}",
+    ):
+        assert part in makefile
