@@ -51,7 +51,7 @@ def commands(text: str) -> list[str]:
 
 def recipe(target: str) -> list[str]:
     """Return the commands of ours that a target of the Makefile runs."""
-    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    text = re.sub(r"\\\n\s*", "", (ROOT / "Makefile").read_text(encoding="utf-8"))  # lines that go on are one
     block = re.search(rf"^{re.escape(target)}:.*\n((?:\t.*\n)*)", text, flags=re.MULTILINE)
     lines = block[1].splitlines() if block else []
     return [line.strip().removeprefix("$(BIN)/") for line in lines if line.strip().startswith("$(BIN)/python ")]
