@@ -43,6 +43,11 @@ class PatchSampler:
     strength: float = 1.0
     """With pictures to vary: share of the steps that are taken, from the picture noised to the first of them."""
 
+    @property
+    def taken(self) -> int:
+        """Steps that are taken."""
+        return min(max(round(self.steps * self.strength), 1), self.steps)
+
     @torch.inference_mode()
     def draw(
         self, model: ZoomLDM, cells: list[np.ndarray], magnification: int, first: int = 0,
@@ -69,7 +74,7 @@ class PatchSampler:
         if pictures is None:
             x = x * float(scheduler.init_noise_sigma)
         else:
-            begin = self.steps - min(max(round(self.steps * self.strength), 1), self.steps)
+            begin = self.steps - self.taken
             timesteps = timesteps[begin:]
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(begin)

@@ -115,7 +115,7 @@ def test_threads_share_a_pool(ray_cluster: None) -> None:
 
 @pytest.mark.parametrize(
     ("replicas", "rows_", "coordinators_", "wanted"),
-    [(1, 9, None, [1]), (8, 9, None, [8]), (9, 9, None, [5, 4]), (64, 99, None, [8] * 8), (64, 3, None, [22, 21, 21]),
+    [(1, 9, None, [1]), (4, 9, None, [4]), (5, 9, None, [3, 2]), (64, 99, None, [4] * 16), (64, 3, None, [22, 21, 21]),
      (2, 9, 5, [1, 1])],
 )  # fmt: skip
 def test_shares(
