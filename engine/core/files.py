@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,8 @@ LOCK = "run.lock"
 """In a folder that belongs to one process at a time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+_LATE_WRITES = 20
+"""How often a folder that is removed may turn out to have new files."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -98,10 +101,18 @@ def _is_empty(path: Path) -> bool:
 
 def remove(path: Path) -> None:
     """Remove a file or a folder with all it holds, if it is there. Raises OSError."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    for late in range(_LATE_WRITES + 1):
+        try:
+            shutil.rmtree(path)
+            return
+        except OSError as error:
+            # zarr raises at the first chunk that the disk refuses, while its threads still write others.
+            if error.errno != errno.ENOTEMPTY or late == _LATE_WRITES:
+                raise
+            time.sleep(0.1)
 
 
 def _drop(path: Path) -> None:

@@ -69,9 +69,10 @@ def test_patches_are_drawn_once_each(inputs: Path, tmp_path: Path, monkeypatch: 
     seen: list[tuple[int, int]] = []
     real = PatchSampler.draw
 
-    def counted(self: PatchSampler, model, cells, magnification, first=0):  # noqa: ANN001, ANN202
+    def counted(self: PatchSampler, model, cells, magnification, first=0, pictures=None):  # noqa: ANN001, ANN202
+        assert pictures is None, "bags.strength 1 begins from noise"
         seen.append((first, len(cells)))
-        return real(self, model, cells, magnification, first)
+        return real(self, model, cells, magnification, first, pictures)
 
     monkeypatch.setattr(PatchSampler, "draw", counted)
     records = make(inputs, tmp_path / "out")

@@ -11,6 +11,7 @@ from engine.datasets.config import PrepareConfig
 from engine.features.config import ExtractConfig
 from engine.sampling.config import RunConfig
 from engine.training.tasks import TASKS
+from mil.augmentation.config import AugmentConfig
 from mil.folds.config import StudyConfig
 
 CONFIGS = PROJECT_ROOT / "configs"
@@ -21,6 +22,7 @@ SCHEMAS = {
     "engine.extract_features": ExtractConfig,
     "engine.prepare": PrepareConfig,
     "mil.train": StudyConfig,
+    "mil.augment": AugmentConfig,
 }
 
 

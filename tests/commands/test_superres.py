@@ -20,10 +20,11 @@ from engine.images.ome_zarr import Image
 from engine.model.encoders.demo import DemoEncoder
 from engine.model.encoders.texture import RAW_DIM
 from engine.model.zoomldm import ZoomLDM
+from engine.sampling.back_projection import GuideWindows
 from engine.sampling.config import RunConfig
 from engine.sampling.denoiser import LocalDenoiser
 from engine.sampling.guidance import GuidePicture
-from engine.sampling.pixels import enlarged_tile, to_uint8
+from engine.sampling.pixels import to_uint8
 from tests.support.tiny_run import store_model
 
 HEIGHT, WIDTH = 96, 130
@@ -83,7 +84,7 @@ def test_inversion_may_begin_from_what_the_encoder_says(inputs: list[str], tmp_p
     guide = GuidePicture((low(inputs).transpose(2, 0, 1).astype(np.float32) + 0.5) / 127.5 - 1, 4)
     grid = np.load(tmp_path / "run" / conditions.STORED)
     for x in (0, 1):
-        cell = torch.from_numpy(to_uint8(enlarged_tile(guide, 0, 64 * x)))[None]
+        cell = torch.from_numpy(to_uint8(GuideWindows.of(guide, [(0, 64 * x)]).enlarged().numpy()))
         np.testing.assert_allclose(grid[:, 0, x], encoder.encode(cell)[0].numpy(), atol=1e-3)
     assert np.abs(grid[:, 0, 0] - grid[:, 0, 1]).max() > 0.01
 
@@ -295,7 +296,7 @@ def test_an_enlarged_tile_is_the_same_in_every_tiling(ratio: int) -> None:
     """Where two tiles overlap, both show the same, and reduced it is the guide."""
     image = np.random.default_rng(0).uniform(-0.8, 0.8, (3, 1024 // ratio, 1024 // ratio)).astype(np.float32)
     guide = GuidePicture(image, ratio)
-    first, second = enlarged_tile(guide, 32, 0), enlarged_tile(guide, 64, 16)
+    first, second = GuideWindows.of(guide, [(32, 0), (64, 16)]).enlarged().numpy()
     np.testing.assert_allclose(first[:, 128:, 64:], second[:, :128, :192], atol=0.02)
     reduced = first.reshape(3, 256 // ratio, ratio, 256 // ratio, ratio).mean(axis=(2, 4))
     wished = image[:, 128 // ratio : 384 // ratio, : 256 // ratio]

@@ -81,7 +81,7 @@ def flags(config: PrepareConfig) -> list[str]:
     return [
         *("--slides", config.slides, "--out", config.out, "--model.source", config.model.source, "--coarsest", "5x"),
         *("--finder.method", "everything", "--blocks.patches", "16", "--blocks.batch", "4"),
-        *("--ray.enabled", "false", "--model.device", "cpu"),
+        *("--ray.enabled", "false", "--model.device", "cpu", "--model.dtype", "float32"),
     ]
 
 

@@ -77,6 +77,7 @@ def flags(config: ExtractConfig) -> list[str]:
         *("--features.blocks", f"[{','.join(config.features.blocks)}]"),
         *("--features.timestep", str(config.features.timestep)),
         *("--features.batch", str(config.features.batch), "--ray.enabled", "false", "--model.device", "cpu"),
+        *("--model.dtype", config.model.dtype),
     ]
 
 

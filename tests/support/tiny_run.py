@@ -24,4 +24,5 @@ def store_inputs(folder: Path, rows: int, columns: int) -> dict[str, object]:
     """Store a model, and SSL vectors for rows × columns cells; return the flags for them."""
     cells = np.random.default_rng(0).normal(size=(16, rows, columns))
     np.save(folder / "cells.npy", cells.astype(np.float32))
-    return {"model.source": store_model(folder), "embeddings": folder / "cells.npy"}
+    # Named, because a child process would choose bfloat16 where the CPU has it, and the test itself does not.
+    return {"model.source": store_model(folder), "model.dtype": "float32", "embeddings": folder / "cells.npy"}
