@@ -89,7 +89,7 @@ def kept_sentence(results: Mapping[str, Any]) -> str:
     return (
         f"Taught by real bags (fraction {kept['fraction']:g}), classifiers tell the label of {kept['patients']} test "
         f"patients with an AUROC of {shown(kept['real'])} from their real bags and {shown(kept['synthetic'])} from "
-        "their synthetic ones: how far the second is below the first, the generator lost the sign"
+        "their synthetic ones. The further the second lies below the first, the more of the sign was lost in drawing"
     )
 
 

@@ -60,7 +60,7 @@ def page(results: Mapping[str, Any], picture: str, folder: Path) -> str:
 
 
 def verdict(results: Mapping[str, Any]) -> str:
-    """Say for each fraction whether real + synthetic is above the other arms that hold real bags."""
+    """Say for each fraction above and below which other arms with real bags real + synthetic is."""
     said = []
     for fraction in sorted({row["fraction"] for row in results["arms"]}):
         rows = {row["arm"]: row for row in results["arms"] if row["fraction"] == fraction}
@@ -68,12 +68,12 @@ def verdict(results: Mapping[str, Any]) -> str:
         if "real_synthetic" not in rows or not deltas:
             continue
         above = [NAMES[arm] for arm, d in deltas.items() if d is not None and d["low"] is not None and d["low"] > 0]
-        if len(above) == len(deltas):
-            said.append(f"At a fraction of {fraction:g}, real + synthetic is above {', '.join(above)}.")
-        elif above:
-            said.append(f"At a fraction of {fraction:g}, real + synthetic is above {', '.join(above)} alone.")
-        else:
-            said.append(f"At a fraction of {fraction:g}, real + synthetic is above no other arm with real bags.")
+        below = [NAMES[arm] for arm, d in deltas.items() if d is not None and d["high"] is not None and d["high"] < 0]
+        text = f"At a fraction of {fraction:g}, real + synthetic is above "
+        text += ", ".join(above) if above else "no other arm with real bags"
+        if above and len(above) < len(deltas):
+            text += " alone"
+        said.append(text + (f", and below {', '.join(below)}." if below else "."))
     return " ".join(said) or "No arm with synthetic bags was trained."
 
 

@@ -18,6 +18,7 @@ from engine.core.runtime import one_by_one
 from engine.model.weights.training_slides import read_training_slides, write_training_slides
 from mil import augment as augment_command
 from mil.augmentation.config import ARMS, AugmentConfig
+from mil.augmentation.page import verdict
 from mil.augmentation.protocol import _trials, plan, real_folds, run
 from mil.augmentation.trials import Trial, training_part
 from mil.augmentation.wanted import write_wanted
@@ -340,3 +341,19 @@ def test_the_demos_configs_fit_together() -> None:
         f"--out {Path(str(arms.features)).parent}",
     ):
         assert part in makefile
+
+
+@pytest.mark.parametrize(
+    ("intervals", "said"),
+    [
+        ({"real": (0.01, 0.2), "real_twice": (0.02, 0.1)}, "is above real, real twice."),
+        ({"real": (-0.2, -0.01), "real_twice": (-0.1, 0.1), "real_noise": (0.01, 0.2)},
+         "is above real + feature noise alone, and below real."),
+        ({"real": (-0.2, 0.1)}, "is above no other arm with real bags."),
+    ],
+)  # fmt: skip
+def test_the_verdict_hides_no_harm(intervals: dict[str, tuple[float, float]], said: str) -> None:
+    rows = [{"fraction": 0.1, "arm": arm, "real_synthetic_minus_this": {"low": low, "high": high}}
+            for arm, (low, high) in intervals.items()]  # fmt: skip
+    rows.append({"fraction": 0.1, "arm": "real_synthetic"})
+    assert verdict({"arms": rows}) == f"At a fraction of 0.1, real + synthetic {said}"
