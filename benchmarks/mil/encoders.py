@@ -52,7 +52,7 @@ def judge(features: Path, labels: str, work: Path) -> Comparison:
     folders = []
     for name, scales in SCALES.items():
         folder = work / name
-        given = {"features": features, "labels": labels, "scales": scales, "output.folder": folder, "threads": 2}
+        given = {"features": features, "labels": labels, "scales": scales, "output.folder": folder}
         flags = [f"--{key}={value}" for key, value in given.items()]
         config = parse(
             [f"--config={ROOT / 'configs/demo_mil.yaml'}", "--slides=null", *flags], StudyConfig, "mil", "one study"
