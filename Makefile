@@ -3,8 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-view demo-text demo-cohort demo-features demo-mil demo-augment test test-browser faults interruptions lint docs train-demo \
-	clean
+.PHONY: help demo demo-view demo-text demo-cohort demo-features demo-mil demo-augment test test-browser faults \
+	interruptions lint docs train-demo clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14

@@ -19,7 +19,6 @@ from engine.cohort.config import CohortConfig
 from engine.cohort.picture import Made, write_thumbnail
 from engine.cohort.sources import Embedder, open_reference
 from engine.cohort.table import Row, seed_of
-from engine.conditions.patch_sampler import PatchSampler
 from engine.conditions.reference import embedding_grid, read_embeddings
 from engine.core.errors import RowError
 from engine.core.runtime import choose_device, keep_freed_memory, pin_arithmetic
@@ -159,8 +158,7 @@ class BagMaker:
     ) -> int:  # fmt: skip
         """Draw and encode the tiles of a magnification that are missing, batch by batch; return how many were drawn."""
         size, index, drawn = self.config.sampling.batch_size, self.model.config.scale.index(scale), 0
-        bags = self.config.bags
-        sampler = PatchSampler(bags.scheduler, bags.steps, bags.scale, row.seed, bags.strength)
+        sampler = self.config.bags.sampler(row.seed)
         for start in range(0, len(coords), size):
             stop = min(start + size, len(coords))
             todo = {n: w for n, w in writers.items() if any(a < stop and start < b for a, b in w.missing(scale))}

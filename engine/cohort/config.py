@@ -6,7 +6,7 @@ It knows ranges and units, not tables, files or models.
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from engine.conditions.patch_sampler import SCHEDULERS
+from engine.conditions.patch_sampler import SCHEDULERS, PatchSampler
 from engine.core.config import require
 from engine.features.tile_encoders import FeatureConfig
 from engine.generation.run import PLACES
@@ -54,6 +54,10 @@ class BagsConfig:
     """As of engine.extract_features: zoomldm, and SSL encoders. Bags of the first are in `features`."""
     precision: Literal["float32", "float16"] = "float32"
     """Of the features on disk."""
+
+    def sampler(self, seed: int) -> PatchSampler:
+        """Return what draws the patches of a bag."""
+        return PatchSampler(self.scheduler, self.steps, self.scale, seed, self.strength)
 
     def __post_init__(self) -> None:
         require(self.tiles >= 1, "bags.tiles must be at least 1", self.tiles)

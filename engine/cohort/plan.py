@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 from engine.cohort.config import CohortConfig
 from engine.cohort.table import Asked, BadRow, Row
-from engine.conditions.patch_sampler import PatchSampler
 from engine.core.errors import EngineError
 from engine.generation.cost import (
     Calls,
@@ -89,7 +88,7 @@ def _size(config: CohortConfig, model: ModelConfig, cost: NetworkCost, size: tup
 def _bag_lines(config: CohortConfig, rows: Sequence[Row], cost: NetworkCost, lines: list[str]) -> float:
     """Add what bags cost; return their FLOP. How many coarse tiles there are depends on the slides: a tenth is said."""
     tiles, bags = config.bags.tiles, config.bags
-    steps = PatchSampler(bags.scheduler, bags.steps, bags.scale, 0, bags.strength).taken
+    steps = bags.sampler(seed=0).taken
     encodings = 2 if bags.strength < 1 else 1
     each = cost.unet * steps * (2 if bags.scale > 1 else 1) + cost.decode + encodings * cost.encode + cost.unet
     lines.append(

@@ -1,7 +1,8 @@
 """One training of the protocol: an arm at a fraction in a fold. Its folder appears whole or not at all.
 
 Invariant: what a trial trains on is real bags of its training patients and synthetic bags whose source patients are
-among them, and nothing else; it validates and tests on real bags alone. It does not know who runs it.
+among them, and nothing else; it validates and tests on real bags alone, and judges synthetic ones of test patients
+apart. It does not know who runs it.
 """
 
 import hashlib

@@ -42,8 +42,9 @@ def write_wanted(config: AugmentConfig, study: Study, folds: Mapping[float, Sequ
         raise StudyError(f"--wanted must name a new file; {path} holds something else. Remove it, or name another.")
     write_atomically(path, table)
     patients = len({row["patient"] for row in rows})
+    encoder = study.cohort.encoder.partition(" ")[0]  # foreign bags may not say theirs
+    encoders = f" --bags.encoders '[{encoder}]'" if encoder else ""
     return (
         f"{len(rows)} synthetic bags of {patients} patients are asked for in {path}. Draw them:\n"
-        f"python -m engine.generate_cohort --table {path} --slides SLIDES --out SYNTHETIC --bags_only true "
-        f"--bags.encoders '[{study.cohort.encoder.partition(' ')[0]}]'\n"
+        f"python -m engine.generate_cohort --table {path} --slides SLIDES --out SYNTHETIC --bags_only true{encoders}\n"
     )
