@@ -203,12 +203,6 @@ class BagMaker:
 
     def _tiles(self, row: Row) -> Tiles:
         if row.embeddings is not None:
-            if self.config.bags.strength < 1:
-                raise RowError(
-                    "no_pixels",
-                    f"{row.name}: with bags.strength below 1 patches begin from the tiles of a "
-                    "reference; stored vectors have none. Name a reference, or set bags.strength 1.",
-                )
             return self._tiles_of_grid(row)
         assert row.reference is not None  # rows of bags are looked up
         slide = open_reference(row.reference, self.config, self.config.grid.mpp)

@@ -62,11 +62,17 @@ def looked_up(asked: Sequence[Asked], config: CohortConfig, base_mpp: float) -> 
 
 
 def _fitted(row: Row, config: CohortConfig, base_mpp: float, slide: Slide | None) -> Row:
-    """Return a row with height and width. Raises RowError `region_outside`, `region_too_small` or `no_conditions`."""
+    """Return a row with height and width.
+
+    Raises: RowError `region_outside`, `region_too_small`, `no_conditions` or `no_pixels`.
+    """
     if slide is None:
         if config.bags_only and row.embeddings is None:
             raise RowError("no_conditions", f"{row.name}: a bag's tiles are drawn on those of a reference or "
                            "embeddings; the row has none. Name one, or draw pictures.")  # fmt: skip
+        if config.bags_only and config.bags.strength < 1:
+            raise RowError("no_pixels", f"{row.name}: with bags.strength below 1 patches begin from the tiles of a "
+                           "reference; stored vectors have none. Name one, or set bags.strength 1.")  # fmt: skip
         return _sized(row, (config.canvas.height, config.canvas.width))
     box = row.region
     if box is not None and (box.y1 > slide.height or box.x1 > slide.width):
