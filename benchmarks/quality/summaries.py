@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.support.arguments import figures_parser, write_json
 from engine.conditions.patch_sampler import PatchSampler
 from engine.core.runtime import pin_arithmetic
+from engine.evaluation.measures.distances import frechet_distance
 from engine.model.cdm import CDM
 from engine.model.cdm_sampler import sample_summaries
 from engine.model.weights.cdm import load_cdm
@@ -39,15 +40,6 @@ def components(train: Rows, count: int = COMPONENTS) -> tuple[Rows, Rows, float]
     values, vectors = torch.linalg.eigh(centred @ centred.T)
     axes = centred.T @ vectors[:, -count:]
     return mean, (axes / axes.norm(dim=0)).numpy(), float(values[-count:].sum() / values.sum())
-
-
-def frechet(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
-    """Return the Fréchet distance of two sets of vectors (N, K)."""
-    gap = a.mean(0) - b.mean(0)
-    scaled = [(v - v.mean(0)).astype(np.float64) / (len(v) - 1) ** 0.5 for v in (a, b)]
-    # With AᵀA and BᵀB the covariances, tr (AᵀA·BᵀB)^½ is the sum of the singular values of A·Bᵀ, whatever their rank.
-    root = np.linalg.svd(scaled[0] @ scaled[1].T, compute_uv=False).sum()
-    return float(gap @ gap + sum((v**2).sum() for v in scaled) - 2 * root)
 
 
 def told_apart(a: Rows, b: Rows) -> float:
@@ -80,7 +72,7 @@ def figures(train: Rows, heldout: Rows, drawn: Rows, rng: np.random.Generator) -
     sets = (("training", picked, rest), ("cdm", drawn, train), ("gaussian", gaussian(train, len(drawn), rng), train))
     for name, rows, others in sets:
         found[name] = {
-            "frechet": round(frechet((rows - mean) @ axes, (heldout - mean) @ axes), 2),
+            "frechet": round(frechet_distance((rows - mean) @ axes, (heldout - mean) @ axes), 2),
             "told_apart": round(told_apart(rows, heldout), 3),
             "nearest_training": round(nearest(rows, others) / unit, 2),
         }

@@ -5,8 +5,9 @@
 
 The references are held-out phantoms (benchmarks.quality.quality). Per recipe: agreement with the guide, seam score,
 gradient and dark share of tissue relative to single patches of the same conditions (50 steps of DDIM, w of
-configs/demo.yaml), KID of crops to the references themselves beside that of the patches (texture encoder,
-standardised), network calls, seconds. With --previews, look at the pictures: a figure can hide a bad one.
+configs/demo.yaml), KID and Fréchet distance of crops to the references themselves beside those of the patches (texture
+encoder, standardised), network calls, seconds. A canvas has one crop per cell and so has the set of patches, so random
+halves of the cells give each ratio an interval. With --previews, look at the pictures: a figure can hide a bad one.
 """
 
 import json
@@ -28,7 +29,7 @@ from engine.conditions.patch_sampler import PatchSampler
 from engine.core.progress import Progress
 from engine.core.runtime import hardware_of, pin_arithmetic
 from engine.core.units import TILE_PX
-from engine.evaluation.measures.distances import squared_mmd
+from engine.evaluation.measures.distances import frechet_distance, squared_mmd
 from engine.evaluation.samples.vectors import encode
 from engine.generation.run import prepare, run
 from engine.generation.session import Backend
@@ -169,17 +170,28 @@ def measure(name: str, recipe: Mapping[str, object], references: list[Reference]
     names = ("consistency_db", "seam", "seam_control", "gradient", "dark", "unet_calls", "autoencoder_calls", "seconds")
     means = dict(zip(names, np.mean(rows, axis=0).round(3).tolist(), strict=True))
     own = np.concatenate([crops(r.pixels, TILE_PX // 2) for r in references])
-    distances = kernel_distances(own, np.concatenate(drawn), np.concatenate([r.patches for r in references]))
-    return {"recipe": name, **means, "kid": distances[0], "kid_of_patches": distances[1]}
+    patches = np.concatenate([r.patches for r in references])
+    return {"recipe": name, **means, **distances_to(own, np.concatenate(drawn), patches)}
 
 
-def kernel_distances(real: Pixels, *drawn: Pixels) -> list[float]:
-    """Return the KID (all crops at once, texture vectors standardised by the real ones) of each set to the real one."""
+def distances_to(real: Pixels, drawn: Pixels, patches: Pixels, halves: int = 200) -> dict[str, object]:
+    """Return KID and Fréchet distance (texture vectors standardised by the real ones) of two sets to the real one.
+
+    Row k of both is of one cell. Each ratio has the 2.5 and 97.5 % of what random halves of the cells give: a half
+    without replacement scatters as the whole set would if it were drawn again.
+    """
     encoder = TextureEncoder()
-    vectors = [encode(encoder, pixels).astype(np.float64) for pixels in (real, *drawn)]
+    vectors = [encode(encoder, pixels).astype(np.float64) for pixels in (real, drawn, patches)]
     mean, spread = vectors[0].mean(axis=0), vectors[0].std(axis=0) + 1e-6
-    scaled = [(v - mean) / spread for v in vectors]
-    return [round(squared_mmd(v, scaled[0]), 3) for v in scaled[1:]]
+    own, *sets = [(v - mean) / spread for v in vectors]
+    rng, found = np.random.default_rng(0), {}
+    parts = [rng.permutation(len(drawn))[: (len(drawn) + 1) // 2] for _ in range(halves)]
+    for name, measure_of in (("kid", squared_mmd), ("frechet", frechet_distance)):
+        values = [measure_of(v, own) for v in sets]
+        ratio = [measure_of(sets[0][rows], own) / measure_of(sets[1][rows], own) for rows in parts]
+        found |= {name: round(values[0], 3), f"{name}_of_patches": round(values[1], 3)}
+        found[f"{name}_ratio"] = np.round([values[0] / values[1], *np.percentile(ratio, [2.5, 97.5])], 2).tolist()
+    return found
 
 
 def prepare_references(count: int, size: int) -> list[Reference]:

@@ -26,11 +26,11 @@ import torch
 from PIL import Image
 
 from benchmarks.quality.quality import own_against_others
-from benchmarks.quality.summaries import frechet
 from benchmarks.support.phantom_set import DemoNetworks, Pictures, write_piece
 from benchmarks.training.overfit import config_of
 from engine.core.runtime import pin_arithmetic
 from engine.datasets.dataset import PreparedSet
+from engine.evaluation.measures.distances import frechet_distance
 from engine.model.zoomldm import ZoomLDM
 from engine.training.checkpoints import save_json
 from engine.training.demo.data import HELDOUT_SEED
@@ -171,8 +171,10 @@ def bounds(trial: Trial) -> dict[str, float]:
     real = networks.vectors(images_of(heldout, trial.level))
     latents = np.stack([heldout.example(trial.level, i).latent for i in range(heldout.count(trial.level))])
     return {
-        "held-out patches through the autoencoder": frechet(networks.vectors(networks.pictures(latents)), real),
-        "training patches": frechet(networks.vectors(images_of(train, trial.level)), real),
+        "held-out patches through the autoencoder": frechet_distance(
+            networks.vectors(networks.pictures(latents)), real
+        ),
+        "training patches": frechet_distance(networks.vectors(images_of(train, trial.level)), real),
     }
 
 
@@ -184,7 +186,7 @@ def judge(trial: Trial, networks: DemoNetworks, folder: Path, heldout: PreparedS
     Image.fromarray(pairs).save(folder / "pairs.png")
     wanted, found = networks.vectors(real), [networks.vectors(pictures) for pictures in drawn]
     return {
-        "frechet": float(np.mean([frechet(v, wanted) for v in found])),
+        "frechet": float(np.mean([frechet_distance(v, wanted) for v in found])),
         "own_wins": float(np.mean([own_against_others(v, wanted)["own_wins"] for v in found])),
     }
 

@@ -19,10 +19,11 @@ from engine.features.config import BlockConfig, ExtractConfig
 from engine.features.encoders import ExtractStages, extract_alone
 from engine.features.extract import StartBackend, extract
 from engine.features.tile_encoders import FeatureConfig
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.pipeline.stages import Backend
 from engine.slides.tissue import TissueConfig
 from tests.support.killing import killing
+from tests.support.tiny_run import narrow_config
 from tests.support.written_slides import tissue, write_tiff
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -33,7 +34,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
     """Two slides and one that is none, done without Ray."""
     folder = tmp_path_factory.mktemp("extraction")
     torch.manual_seed(0)
-    ZoomLDM(tiny_config()).save_pretrained(folder / "tiny")
+    ZoomLDM(narrow_config()).save_pretrained(folder / "tiny")
     (folder / "slides").mkdir()
     for name, width in (("large", 3000), ("small", 500)):
         picture = np.asarray(tissue(350, 550).crop((0, 0, 550, 60)).resize((width, 300)))

@@ -18,10 +18,11 @@ from engine.datasets.dataset import PreparedSet
 from engine.datasets.prepare import StartBackend, prepare
 from engine.model.encoders.demo import DemoEncoder
 from engine.model.encoders.texture import RAW_DIM
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.pipeline.stages import Backend, local_backend
 from engine.slides.tissue import TissueConfig
 from tests.support.killing import killing
+from tests.support.tiny_run import narrow_config
 from tests.support.written_slides import box, tissue, write_tiff
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -33,7 +34,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> PrepareConfig:
     """A slide of 8 × 4 cells and one that is none, done without Ray."""
     folder = tmp_path_factory.mktemp("preparation")
     torch.manual_seed(0)
-    model = ZoomLDM(tiny_config(encoder="demo"))
+    model = ZoomLDM(narrow_config(encoder="demo"))
     model.extras = {"encoder/model": DemoEncoder(torch.zeros(RAW_DIM), torch.randn(RAW_DIM, 16) / 10).tensors()}
     model.save_pretrained(folder / "tiny")
     (folder / "slides").mkdir()

@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from benchmarks import reliability
-from benchmarks.quality.summaries import frechet
-from benchmarks.sampling import gpu, memory, overhead
+from benchmarks.sampling import gpu, guidance, memory, overhead
 from benchmarks.support.bare import BareRun, demo_config, maps_for, picture_digest
 from benchmarks.training import cross_scale, gpu_training
 from benchmarks.viewer import tiles
 from engine.core.units import BRCA_SCALE
 from engine.model.config import published_config
 from engine.model.networks import build_networks
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.sampling.denoiser import LocalDenoiser, PointwiseDenoiser
+from engine.slides.phantom.render import Phantom
+from tests.support.tiny_run import narrow_config
 
 FOLDER = Path(gpu.__file__).parents[1]
 TINY = {"sampling.stride": 500, "sampling.batch_size": 2, "model.dtype": "float32", "model.threads": 1}
@@ -28,7 +29,7 @@ TINY = {"sampling.stride": 500, "sampling.batch_size": 2, "model.dtype": "float3
 def tiny() -> ZoomLDM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return ZoomLDM(tiny_config()).requires_grad_(requires_grad=False)
+        return ZoomLDM(narrow_config()).requires_grad_(requires_grad=False)
 
 
 def pointwise_run(size: int) -> BareRun:
@@ -170,16 +171,6 @@ def test_reliability_page_counts_what_was_tried_and_lost(tmp_path: Path) -> None
     assert page.count("Not tried in this run.") == 4
 
 
-def test_frechet_is_the_closed_form_of_gaussians_and_takes_fewer_vectors_than_axes() -> None:
-    rng = np.random.default_rng(0)
-    a, axes = rng.standard_normal((200, 3)), np.array([1.0, 2.0, 0.5])
-    a = (a - a.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(a, rowvar=False))).T  # mean 0, covariance 1, exactly
-    assert frechet(a, a * axes + [3, 0, 4]) == pytest.approx(25 + ((1 - axes) ** 2).sum())
-    few = rng.standard_normal((5, 40))
-    assert frechet(few, few) == pytest.approx(0, abs=1e-9)
-    assert frechet(few, few + 1) == pytest.approx(40)
-
-
 def test_pieces_share_patches_as_they_have_room() -> None:
     assert cross_scale.shares(18, [1, 1, 16, 16]) == [1, 1, 8, 8]
     assert cross_scale.shares(2, [0, 1, 1]) == [0, 1, 1]
@@ -212,3 +203,16 @@ def test_tiles_of_the_viewer_are_counted() -> None:
     found = tiles.measure(1024, 6)
     assert found.keys() == {"side_px", "tiles", "tiles_per_cpu_s", "tiles_per_s", "memory_grown_mb"}
     assert min(found["tiles_per_cpu_s"], found["tiles_per_s"]) > 0
+
+
+def test_ratios_of_distances_are_of_the_same_cells() -> None:
+    picture = Phantom(3).render(0, 0, 1024, 1024, 0.5).transpose(2, 0, 1)
+    real, patches = guidance.crops(picture[:, :512, :512], 128), guidance.crops(picture[:, 512:, 512:], 128)
+    same = guidance.distances_to(real, patches, patches, halves=4)
+    assert same["kid_ratio"] == same["frechet_ratio"] == [1.0, 1.0, 1.0]
+    dull = (patches // 4 + 96).astype(np.uint8)
+    worse = guidance.distances_to(real, dull, patches, halves=4)
+    for name in ("kid", "frechet"):
+        value, low, high = np.array(worse[f"{name}_ratio"])
+        assert 1 < low <= high, name
+        assert value == pytest.approx(worse[name] / worse[f"{name}_of_patches"], abs=0.1), name  # type: ignore[operator]

@@ -10,7 +10,8 @@ import torch
 from benchmarks.features import feature_choice
 from benchmarks.features.feature_choice import BEGIN, END, TASKS, area, draw_slides, main, measure, probe, tables
 from engine.model.unet_features import block_widths
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
+from tests.support.tiny_run import narrow_config
 
 
 def test_area_is_the_share_of_pairs_in_order() -> None:
@@ -46,7 +47,7 @@ def test_tiles_are_renderings_at_their_magnification() -> None:
 
 def test_it_runs_and_reports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = ZoomLDM(tiny_config())
+    model = ZoomLDM(narrow_config())
     found = measure(model, None, slides=8, tiles=1, timesteps=[100])
     blocks = block_widths(model.config)
     assert list(found) == ["20x pleomorphism", "5x architecture"]

@@ -9,15 +9,16 @@ from engine.conditions.patch_sampler import SCHEDULERS, PatchSampler
 from engine.generation.tiles import Source
 from engine.model.cdm import CDM, CDMConfig
 from engine.model.weights.cdm import save_cdm
-from engine.model.zoomldm import ConditionerConfig, ZoomLDM, tiny_config
+from engine.model.zoomldm import ConditionerConfig, ZoomLDM
 from engine.sample import main
 from engine.slides.phantom.render import Phantom
+from tests.support.tiny_run import narrow_config
 
 
 @pytest.fixture(scope="module")
 def model() -> ZoomLDM:
     torch.manual_seed(0)
-    return ZoomLDM(tiny_config()).eval()
+    return ZoomLDM(narrow_config()).eval()
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def test_a_model_without_a_cdm_says_so(arguments: list[str], capsys: pytest.Capt
 
 def test_the_predecessors_conditioner_works_the_same() -> None:
     conditioner = ConditionerConfig(kind="token", output_dim=32)
-    old = ZoomLDM(tiny_config(magnifications=("20x",), conditioner=conditioner)).eval()
+    old = ZoomLDM(narrow_config(magnifications=("20x",), conditioner=conditioner)).eval()
     cells = list(np.random.default_rng(0).standard_normal((1, 16, 1, 1)).astype(np.float32))
     assert PatchSampler("ddim", 2, 2.0, seed=0).draw(old, cells, 0).shape == (1, 3, 256, 256)
 

@@ -25,13 +25,14 @@ from engine.datasets.prepare import prepare
 from engine.datasets.writer import PreparedWriter
 from engine.model.encoders.demo import DemoEncoder
 from engine.model.encoders.texture import RAW_DIM
-from engine.model.zoomldm import ZoomLDM, autoencoder_digest, tiny_config
+from engine.model.zoomldm import ZoomLDM, autoencoder_digest
 from engine.pipeline.report import SLIDE_FAILED
 from engine.pipeline.stages import local_backend
 from engine.prepare import main
 from engine.slides.slide import open_slide
 from engine.slides.tissue import TissueConfig
 from tests.support.forked import exit_code
+from tests.support.tiny_run import narrow_config
 from tests.support.written_slides import box, overwrite, tile_bytes, tissue, write_tiff
 
 EVERYTHING = TissueConfig("everything")
@@ -57,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     torch.manual_seed(0)
     folders = {}
     for domain, names, mpp in (("brca", ("20x", "10x", "5x"), 0.5), ("naip", ("1x", "2x"), 1e6)):
-        made = ZoomLDM(tiny_config(magnifications=names, base_mpp=mpp, encoder="demo"))
+        made = ZoomLDM(narrow_config(magnifications=names, base_mpp=mpp, encoder="demo"))
         encoder = DemoEncoder(torch.zeros(RAW_DIM), torch.randn(RAW_DIM, 16) / 10)
         made.extras = {"encoder/model": encoder.tensors()}
         folders[domain] = tmp_path_factory.mktemp("models") / domain

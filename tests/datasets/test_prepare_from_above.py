@@ -12,11 +12,11 @@ from engine.core.units import NAIP_SCALE
 from engine.datasets.config import PrepareBlocks, PrepareConfig
 from engine.datasets.dataset import PreparedSet
 from engine.datasets.prepare import prepare
-from engine.model.config import vae_arguments
 from engine.model.encoders.demo import DemoEncoder
 from engine.model.encoders.texture import RAW_DIM
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.pipeline.stages import local_backend
+from tests.support.tiny_run import narrow_config
 from tests.support.written_slides import METRES, write_geotiff
 
 SIDE_M = 2048
@@ -24,15 +24,11 @@ SIDE_M = 2048
 
 
 def store_model(folder: Path) -> Path:
-    """Store a tiny model of the published pictures from above, with an SSL encoder of its own.
-
-    Its autoencoder is smaller than tiny_config's, because a patch at 4x needs 64 base patches beside it.
-    """
-    vae = vae_arguments(channels=(8, 8, 8), layers=1, codes=64) | {"norm_num_groups": 2}
+    """Store a tiny model of the published pictures from above, with an SSL encoder of its own."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         names, mpp = NAIP_SCALE.names, NAIP_SCALE.base_mpp
-        made = ZoomLDM(tiny_config(magnifications=names, base_mpp=mpp, encoder="demo", vae=vae))
+        made = ZoomLDM(narrow_config(magnifications=names, base_mpp=mpp, encoder="demo"))
         encoder = DemoEncoder(torch.zeros(RAW_DIM), torch.randn(RAW_DIM, 16) / 10)
     made.extras = {"encoder/model": encoder.tensors()}
     made.save_pretrained(folder)

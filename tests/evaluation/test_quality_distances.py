@@ -49,6 +49,7 @@ def test_frechet_distance_of_a_set_to_itself_and_of_fewer_rows_than_columns() ->
     assert frechet_distance(A, A) == pytest.approx(0, abs=1e-9)
     few = frechet_distance(A[:5], A[5:10])
     assert math.isfinite(few)
+    assert frechet_distance(A[:5], A[:5] + 1) == pytest.approx(A.shape[1])
     assert few > frechet_distance(A[:150], A[150:])
 
 

@@ -19,9 +19,10 @@ from engine.features.extract import extract
 from engine.features.tile_encoders import FeatureConfig
 from engine.model.encoders.registry import PUBLISHED, describe_encoder, load_encoder
 from engine.model.encoders.vit import build_vit
-from engine.model.zoomldm import ZoomLDM, autoencoder_digest, tiny_config
+from engine.model.zoomldm import ZoomLDM, autoencoder_digest
 from engine.slides.tissue import TissueConfig
 from mil.data.feature_files import open_features
+from tests.support.tiny_run import narrow_config
 from tests.support.written_slides import tissue, write_tiff
 
 
@@ -29,7 +30,7 @@ from tests.support.written_slides import tissue, write_tiff
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    ZoomLDM(tiny_config()).save_pretrained(folder)
+    ZoomLDM(narrow_config()).save_pretrained(folder)
     return folder
 
 

@@ -28,7 +28,7 @@ from engine.features.config import BlockConfig, ExtractConfig
 from engine.features.encoders import describe, extract_alone, load_encoders
 from engine.features.extract import extract
 from engine.features.tile_encoders import FeatureConfig, TilePixels, encode_all
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.pipeline.report import SLIDE_FAILED
 from engine.pipeline.stages import Backend, Message
 from engine.slides.slide import open_slide
@@ -36,6 +36,7 @@ from engine.slides.tile_grid import plan_grid, read_parent
 from engine.slides.tissue import TissueConfig, find_tissue
 from tests.support.forked import exit_code
 from tests.support.known_picture import full_disk
+from tests.support.tiny_run import narrow_config
 from tests.support.written_slides import box, overwrite, tile_bytes, tissue, write_tiff
 
 EVERYTHING = TissueConfig("everything")
@@ -59,7 +60,7 @@ def die_in_the_second_block(argv: list[str], by: int = signal.SIGKILL) -> None:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    ZoomLDM(tiny_config()).save_pretrained(folder)
+    ZoomLDM(narrow_config()).save_pretrained(folder)
     return folder
 
 

@@ -22,9 +22,10 @@ from engine.features.tile_encoders import (
 )
 from engine.model.encoders.registry import load_encoder
 from engine.model.unet_features import block_widths
-from engine.model.zoomldm import ZoomLDM, digest, tiny_config
+from engine.model.zoomldm import ZoomLDM, digest
 from engine.slides.phantom.render import Phantom
 from tests.support.known_bag import known_plan
+from tests.support.tiny_run import narrow_config
 
 CONFIG = FeatureConfig(blocks=("mid", "up.0"), timestep=100, batch=2)
 ONE = replace(CONFIG, batch=1)
@@ -33,7 +34,7 @@ ONE = replace(CONFIG, batch=1)
 @pytest.fixture(scope="module")
 def model() -> ZoomLDM:
     torch.manual_seed(0)
-    return ZoomLDM(tiny_config())
+    return ZoomLDM(narrow_config())
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_what_an_encoder_says_fits_a_bag(model: ZoomLDM, tiles: TilePixels, tmp_
 
 
 def test_nan_features_are_refused_and_placed(tiles: TilePixels) -> None:
-    broken = ZoomLDM(tiny_config())
+    broken = ZoomLDM(narrow_config())
     with torch.no_grad():
         broken.unet.conv_in.weight.fill_(torch.nan)
     with pytest.raises(CheckpointError, match=r"zoomldm must return finite.*\(0, 1024\) of 'S-01' at 20x"):

@@ -21,9 +21,9 @@ from engine.generation.inpaint_region import window_under
 from engine.generation.run import prepare, stored_config
 from engine.generation.session import Backend, StartBackend
 from engine.images.ome_zarr import Image
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.sampling.denoiser import DecodeBatch, DecodedBatch, LocalDenoiser, TileBatch, TilePrediction
-from tests.support.tiny_run import store_inputs
+from tests.support.tiny_run import narrow_config, store_inputs
 
 HEIGHT, WIDTH = 640, 384
 REGION = "20,440,100,200"
@@ -307,7 +307,7 @@ def test_run_that_is_not_finished(finished: Path, tmp_path: Path, capsys: pytest
 def test_run_of_another_model(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        other = ZoomLDM(tiny_config())
+        other = ZoomLDM(narrow_config())
     other.save_pretrained(tmp_path / "model")
     folder = f"--output.folder={tmp_path / 'redo'}"
     message = failed(capsys, argv(finished, REGION, 7, f"--model.source={tmp_path / 'model'}", folder))

@@ -25,13 +25,14 @@ from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.sampling.config import CanvasConfig, OutputConfig, RunConfig, SamplingConfig
 from engine.sampling.denoiser import DecodeBatch, LocalDenoiser
 from engine.sampling.plan import make_plan
+from tests.support.tiny_run import narrow_config
 
 
 @pytest.fixture(scope="module")
 def model() -> ZoomLDM:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return ZoomLDM(tiny_config())
+        return ZoomLDM(narrow_config())
 
 
 GRID = np.random.default_rng(0).normal(size=(16, 2, 2)).astype(np.float32)

@@ -35,7 +35,7 @@ from engine.features.extract import extract
 from engine.features.tile_encoders import FeatureConfig
 from engine.model.encoders.demo import DemoEncoder
 from engine.model.encoders.texture import RAW_DIM
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.pipeline.report import SLIDE_FAILED
 from engine.pipeline.stages import Backend, SlideFailure, local_backend
 from engine.pipeline.writer import SlidesUnderWay
@@ -44,6 +44,7 @@ from engine.slides import slide as slides
 from engine.slides.boundary import one_slide
 from engine.slides.tile_grid import GridConfig
 from engine.slides.tissue import TissueConfig
+from tests.support.tiny_run import narrow_config
 from tests.support.written_slides import METRES, tissue, write_geotiff, write_tiff
 
 RAISED: dict[str, Exception] = {
@@ -156,7 +157,7 @@ def test_extraction(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    made = ZoomLDM(tiny_config(magnifications=("20x",), base_mpp=0.5, encoder="demo"))
+    made = ZoomLDM(narrow_config(magnifications=("20x",), base_mpp=0.5, encoder="demo"))
     made.extras = {"encoder/model": DemoEncoder(torch.zeros(RAW_DIM), torch.randn(RAW_DIM, 16) / 10).tensors()}
     folder = tmp_path_factory.mktemp("models") / "tiny"
     made.save_pretrained(folder)

@@ -14,7 +14,7 @@ from engine.core.numerics import keyed_noise
 from engine.core.streaming import Workers
 from engine.core.units import MagnificationScale
 from engine.model.colour_map import LinearColour
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.parity_checks.activations import SilentCallback
 from engine.sampling.config import CanvasConfig, GuidanceConfig, RefineConfig, RunConfig, SamplingConfig
 from engine.sampling.denoiser import DenoiseTiles, LocalDenoiser, PointwiseDenoiser, TileBatch, TilePrediction
@@ -22,6 +22,7 @@ from engine.sampling.guidance import make_canvas_guidance
 from engine.sampling.plan import make_plan
 from engine.sampling.sampler import Sampling, sample_large
 from tests.support.denoiser_contract import Dying
+from tests.support.tiny_run import narrow_config
 
 SAMPLING = SamplingConfig(stride=400, weight=1.0, from_guide=0)
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
@@ -57,7 +58,7 @@ def sample(folder: Path, config: RunConfig, denoiser: DenoiseTiles, constant: bo
 @pytest.fixture(scope="module")
 def model() -> ZoomLDM:
     torch.manual_seed(0)
-    return ZoomLDM(tiny_config()).eval()
+    return ZoomLDM(narrow_config()).eval()
 
 
 def config(method: str = "linear", sampling: SamplingConfig = SAMPLING, **canvas: int) -> RunConfig:

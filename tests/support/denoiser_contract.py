@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.model.zoomldm import ZoomLDM, tiny_config
+from engine.model.zoomldm import ZoomLDM
 from engine.sampling.back_projection import GuideWindows
 from engine.sampling.denoiser import (
     DecodeBatch,
@@ -23,6 +23,7 @@ from engine.sampling.denoiser import (
     TilePrediction,
 )
 from engine.sampling.guidance import GuidePicture
+from tests.support.tiny_run import narrow_config
 
 READ_AHEAD = 16
 """Batches any denoiser of these tests may take before it has answered the first."""
@@ -51,7 +52,7 @@ class Dying:
 def tiny_model(dtype: torch.dtype = torch.float32) -> ZoomLDM:
     """Return the same tiny model every time."""
     torch.manual_seed(0)
-    return ZoomLDM(tiny_config()).to(dtype).channels_last()
+    return ZoomLDM(narrow_config()).to(dtype).channels_last()
 
 
 def tile_batch(index: int, magnification: int = 0, newton: bool = False) -> TileBatch:

@@ -25,6 +25,7 @@ from engine.training.cdm.train import draw_batch, heldout_errors, train_cdm, x0_
 from engine.training.optimisation import Optimisation, TrainingError
 from tests.support.known_prepared import FACTS, write_set
 from tests.support.known_run import write_data
+from tests.support.tiny_run import narrow_config
 
 SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 
@@ -33,7 +34,7 @@ SCALE = MagnificationScale(("20x", "10x", "5x", "2.5x"), 0.5)
 def root(tmp_path: Path) -> Path:
     """A tiny model, and two grids to learn from and one to measure on."""
     torch.manual_seed(0)
-    ZoomLDM(tiny_config()).save_pretrained(tmp_path / "model")
+    ZoomLDM(narrow_config()).save_pretrained(tmp_path / "model")
     rng = np.random.default_rng(0)
     for split, number, shape in (("train", 0, (16, 8, 9)), ("train", 1, (16, 10, 8)), ("heldout", 0, (16, 8, 8))):
         (tmp_path / split).mkdir(exist_ok=True)
@@ -222,7 +223,7 @@ def test_a_run_of_other_settings_is_refused(root: Path) -> None:
 def test_a_run_on_another_summarizer_or_other_grids_is_refused(root: Path) -> None:
     train_cdm(settings(root))
     shutil.rmtree(root / "model")
-    ZoomLDM(tiny_config()).save_pretrained(root / "model")
+    ZoomLDM(narrow_config()).save_pretrained(root / "model")
     np.save(root / "heldout/1.npy", np.load(root / "heldout/0.npy"))
     with pytest.raises(TrainingError, match="conditioner was .*; windows was "):
         train_cdm(settings(root))
@@ -276,7 +277,7 @@ def test_prepared_sets_of_other_magnifications_are_refused_by_name(
 
 def test_a_model_without_summaries_is_refused(root: Path) -> None:
     conditioner = ConditionerConfig(kind="token", output_dim=32)
-    ZoomLDM(tiny_config(magnifications=("20x",), conditioner=conditioner)).save_pretrained(root / "old")
+    ZoomLDM(narrow_config(magnifications=("20x",), conditioner=conditioner)).save_pretrained(root / "old")
     with pytest.raises(EngineError, match="has a token conditioner"):
         train_cdm(settings(root, source=str(root / "old")))
 
