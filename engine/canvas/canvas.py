@@ -16,6 +16,7 @@ import numpy as np
 from engine.canvas.arrays import BAND, Size, array_path, canvas_nbytes, check_marks, mark, open_array
 from engine.canvas.run_state import Progress, RunState, check_run_keys
 from engine.canvas.storage import FolderStorage, Storage
+from engine.core.chunk_writes import write_region
 from engine.core.errors import CanvasError, CanvasMismatchError
 from engine.core.files import plain, write_atomically
 from engine.core.units import LATENT_CHANNELS
@@ -147,7 +148,7 @@ class Canvas:
                 if level not in self._written:
                     mark(array, None)
                     self._written[level] = set()
-            array[:, y0 : y0 + wanted[1]] = rows
+            write_region(array, np.s_[:, y0 : y0 + wanted[1]], rows)
             self._storage.settle(array.path, y0 // BAND, -(-width // BAND))
         except (OSError, *self._storage.unreachable) as error:
             what = f"{array.path}, rows {y0}..{y0 + wanted[1]}, cannot be written"

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import socket
-import time
 from collections.abc import Generator
 from pathlib import Path
 from types import TracebackType
@@ -23,8 +22,6 @@ LOCK = "run.lock"
 """In a folder that belongs to one process at a time."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
-_LATE_WRITES = 20
-"""How often a folder that is removed may turn out to have new files."""
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -104,15 +101,7 @@ def remove(path: Path) -> None:
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return
-    for late in range(_LATE_WRITES + 1):
-        try:
-            shutil.rmtree(path)
-            return
-        except OSError as error:
-            # zarr raises at the first chunk that the disk refuses, while its threads still write others.
-            if error.errno != errno.ENOTEMPTY or late == _LATE_WRITES:
-                raise
-            time.sleep(0.1)
+    shutil.rmtree(path)
 
 
 def _drop(path: Path) -> None:

@@ -15,6 +15,7 @@ import zarr.errors
 from zarr.codecs import BytesCodec, ZstdCodec
 from zarr.storage import LocalStore
 
+from engine.core.chunk_writes import write_region
 from engine.core.errors import CanvasError
 from engine.core.files import disk_error, fsync, fsync_tree
 
@@ -138,7 +139,7 @@ class Image:
             )
         chunks = self.path / "0" / "c"
         try:
-            self._arrays[0][:, y0:end] = rows
+            write_region(self._arrays[0], np.s_[:, y0:end], rows)
             written = [chunks / index for index in _chunks(y0, end, 0, self.width)]
             for path in [*written, *{p.parent for p in written}, chunks / "0", chunks]:
                 fsync(path)
@@ -196,7 +197,7 @@ class Image:
             for x0 in range(0, width, CHUNK_PX):
                 y1, x1 = min(y0 + CHUNK_PX, height), min(x0 + CHUNK_PX, width)
                 fine = self.read(2 * y0, min(2 * y1, fine_h), 2 * x0, min(2 * x1, fine_w), level - 1)
-                self._arrays[level][:, y0:y1, x0:x1] = halve(fine)
+                write_region(self._arrays[level], np.s_[:, y0:y1, x0:x1], halve(fine))
         fsync_tree(self.path / str(level))
 
     def _damaged(self, what: str) -> CanvasError:

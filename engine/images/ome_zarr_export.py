@@ -6,9 +6,11 @@ A folder appears whole or not at all. Source: OME-NGFF 0.4 and 0.5.
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import zarr
 from zarr.storage import LocalStore
 
+from engine.core.chunk_writes import write_region
 from engine.core.files import replacing_folder
 from engine.images.ome_zarr import CHUNK_PX, PROVENANCE, Image, ngff_metadata
 from engine.images.pyramid import Picture, strips
@@ -37,7 +39,7 @@ def _write_v2(folder: Path, name: str, picture: Picture) -> None:
         array = _create_v2(group, level, height, width)
         y0 = 0
         for rows in strips(picture, level):
-            array[:, y0 : y0 + rows.shape[0]] = rows.transpose(2, 0, 1)
+            write_region(array, np.s_[:, y0 : y0 + rows.shape[0]], rows.transpose(2, 0, 1))
             y0 += rows.shape[0]
     ome = ngff_metadata(name, picture.mpp_um, len(picture.sizes))
     group.attrs.update(

@@ -1,6 +1,5 @@
 """Which folders a run accepts: its own, one process at a time; everything else is refused and left alone."""
 
-import errno
 import os
 import shutil
 import tempfile
@@ -10,7 +9,6 @@ import pytest
 
 from engine.canvas.canvas import Canvas
 from engine.core.errors import CanvasError, CanvasMismatchError
-from engine.core.files import remove
 from tests.support.storage_contract import KEYS, LEVELS, assert_holds, chunk, run_of, write_step
 
 
@@ -144,26 +142,3 @@ def test_read_only_folder_is_refused():
                 Canvas.open(folder, KEYS, LEVELS)
         finally:
             os.seteuid(0)
-
-
-def test_a_folder_in_which_a_late_thread_still_writes_is_removed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """zarr raises at the first chunk that fails; its other threads may add files while the folder is removed."""
-    folder, real, late = tmp_path / "half", shutil.rmtree, [2]
-    folder.mkdir()
-
-    def with_a_late_file(path: Path) -> None:
-        if late[0]:
-            late[0] -= 1
-            raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
-        real(path)
-
-    monkeypatch.setattr(shutil, "rmtree", with_a_late_file)
-    remove(folder)
-    assert not folder.exists()
-    folder.mkdir()
-    late[0] = 1000
-    monkeypatch.setattr("engine.core.files._LATE_WRITES", 1)
-    with pytest.raises(OSError, match="not empty"):
-        remove(folder)
