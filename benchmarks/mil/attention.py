@@ -71,8 +71,8 @@ def digit_bags(count: int, pictures: NDArray[np.float32], digits: NDArray[np.int
 
 def digits_problem(count: int) -> tuple[Bags, Bags]:
     """Return training and test bags of digits."""
-    pictures, digits = load_digits(return_X_y=True)
-    pictures, digits = (pictures / 16).astype(np.float32), digits.astype(np.int64)
+    found = [np.asarray(part) for part in load_digits(return_X_y=True)]
+    pictures, digits = (found[0] / 16).astype(np.float32), found[1].astype(np.int64)
     order = np.random.default_rng(0).permutation(len(digits))
     tested = round(len(order) * TEST_SHARE)
     train, test = order[tested:], order[:tested]

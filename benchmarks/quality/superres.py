@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -94,7 +95,7 @@ def moved(picture: np.ndarray, low: np.ndarray) -> np.ndarray:
 
 def figures(picture: np.ndarray, truth: np.ndarray, low: np.ndarray) -> tuple[float, float, float]:
     """Return PSNR and SSIM against the truth, and PSNR of the picture, averaged down, against its input."""
-    likeness = structural_similarity(
+    likeness: Any = structural_similarity(
         picture, truth, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     h, w, c = low.shape

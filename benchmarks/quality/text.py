@@ -19,6 +19,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,27 +127,60 @@ def shares_follow(drawn: Drawn, judge: Judge, pictures: int | None = None) -> di
             )
             got.append(float(judge.shares(grid).mean(axis=(1, 2))[KINDS.index(kind)]))
         asked[kind], found[kind] = list(levels), [round(100 * v, 1) for v in got]
-    by_kind = {kind: float(spearmanr(asked[kind], found[kind])[0]) for kind in ASKED}
-    every = float(spearmanr(sum(asked.values(), []), sum(found.values(), []))[0])
+    by_kind = {kind: rank_correlation(asked[kind], found[kind]) for kind in ASKED}
+    every = rank_correlation(sum(asked.values(), []), sum(found.values(), []))
     return {"spearman": by_kind, "spearman_of_all": every, "asked": asked, "found": found}
 
 
-def pairs_agree(drawn: Drawn, folder: Path, count: int = 20, pictures: bool = False) -> dict[str, float]:
-    """Return how often a caption's grid is nearer (cosine of means) to its own region than to another's."""
+def rank_correlation(a: list[float], b: list[float]) -> float:
+    """Return Spearman's correlation."""
+    result: Any = spearmanr(a, b)
+    return float(result.statistic)
+
+
+def captioned(folder: Path) -> list[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
+    """Return each caption with its region's mean vector (D,) and true shares (kinds,)."""
+    found = []
     with (folder / "captions.csv").open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    chosen = [row for row in rows if row["text"].count(",") >= 2][:: max(1, len(rows) // (3 * count))][:count]
-    regions, own = [], []
-    for number, row in enumerate(chosen):
-        x, y, w, h = (int(row[name]) // TILE_PX for name in ("x", "y", "width", "height"))
-        regions.append(np.load(folder / f"{row['slide']}.npy")[:, y : y + h, x : x + w].mean(axis=(1, 2)))
-        masks = np.ones((1, SIDE, SIDE), np.float32)
-        grid = drawn.seen(row["text"], number) if pictures else drawn.grid([row["text"]], masks, number)
-        own.append(grid.mean(axis=(1, 2)))
+        for row in csv.DictReader(file):
+            x, y, w, h = (int(row[name]) // TILE_PX for name in ("x", "y", "width", "height"))
+            grids = (np.load(folder / name / f"{row['slide']}.npy") for name in ("", "shares"))
+            vector, shares = (grid[:, y : y + h, x : x + w].mean(axis=(1, 2)) for grid in grids)
+            found.append((row["text"], vector, shares))
+    return found
+
+
+def nearer(own: list[NDArray[np.float32]], regions: list[NDArray[np.float32]]) -> float:
+    """Return how often a vector is nearer (cosine) to its own region's than to another's."""
     a, b = (np.stack(v) / np.linalg.norm(np.stack(v), axis=1, keepdims=True) for v in (own, regions))
     likeness = a @ b.T
     other = ~np.eye(len(a), dtype=bool)
-    return {"nearer": float((np.diag(likeness)[:, None] > likeness)[other].mean()), "captions": len(a)}
+    return float((np.diag(likeness)[:, None] > likeness)[other].mean())
+
+
+def pairs_agree(drawn: Drawn, data: Path, count: int = 20, pictures: bool = False) -> dict[str, float]:
+    """Return how often a caption's grid is nearer to its own region than to another's; chance is 0.5.
+
+    `of_true_shares` puts the mean vector that the region's true shares of tissue let one expect (ridge regression on
+    them and their squares, over the captions of training) in the grid's place: all that such a caption can tell, and
+    more exactly than it does.
+    """
+    rows = captioned(data / "heldout")
+    chosen = [row for row in rows if row[0].count(",") >= 2][:: max(1, len(rows) // (3 * count))][:count]
+    masks = np.ones((1, SIDE, SIDE), np.float32)
+    own = [
+        (drawn.seen(text, number) if pictures else drawn.grid([text], masks, number)).mean(axis=(1, 2))
+        for number, (text, _, _) in enumerate(chosen)
+    ]
+    _, vectors, shares = (np.array(column) for column in zip(*captioned(data / "train"), strict=True))
+    expected = RidgeCV(np.logspace(-2, 4, 13)).fit(np.hstack([shares, shares**2]), vectors)
+    told = np.array([row[2] for row in chosen])
+    regions = [row[1] for row in chosen]
+    return {
+        "nearer": nearer(own, regions),
+        "of_true_shares": nearer(list(expected.predict(np.hstack([told, told**2]))), regions),
+        "captions": len(own),
+    }
 
 
 def kinds_are_kept_apart(drawn: Drawn, judge: Judge, seeds: int = 3) -> dict[str, object]:
@@ -196,12 +230,12 @@ def main() -> None:
             "judge": judge.worth(args.data / "heldout"),
             "shares": shares_follow(drawn, judge),
             "words": kinds_are_kept_apart(drawn, judge),
-            "pairs": pairs_agree(drawn, args.data / "heldout"),
+            "pairs": pairs_agree(drawn, args.data),
             "map": map_holds(drawn, judge),
         }
         if args.pictures:
             figures["shares_of_pictures"] = shares_follow(drawn, judge, args.pictures)
-            figures["pairs_of_pictures"] = pairs_agree(drawn, args.data / "heldout", args.pictures, pictures=True)
+            figures["pairs_of_pictures"] = pairs_agree(drawn, args.data, args.pictures, pictures=True)
     print(json.dumps(figures, indent=1))
     write_json(args.json, figures)
 

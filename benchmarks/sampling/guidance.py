@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -51,8 +52,13 @@ from engine.sampling.denoiser import (
 )
 from engine.sampling.pixels import to_uint8
 
-JOINT = {"sampling.from_guide": 0, "sampling.stride": 40, "guidance.cell": 1, "guidance.strength": 1.0}
-RECIPES: dict[str, dict[str, object]] = {
+JOINT: dict[str, object] = {
+    "sampling.from_guide": 0,
+    "sampling.stride": 40,
+    "guidance.cell": 1,
+    "guidance.strength": 1.0,
+}
+RECIPES: dict[str, Keys] = {
     "none": JOINT | {"guidance.method": "none"},
     "joint": JOINT,
     "joint, cells of 4": JOINT | {"guidance.cell": 4},
@@ -127,8 +133,17 @@ def crops(picture: Pixels, stride: int) -> Pixels:
     return np.stack([picture[:, y : y + TILE_PX, x : x + TILE_PX] for y in starts for x in starts])
 
 
-def draw_canvas(reference: Reference, size: int, recipe: Mapping[str, object], keep: Path | None) -> dict[str, object]:
-    """Make one canvas; return what its run says, its pixels and the calls."""
+@dataclass(frozen=True)
+class DrawnCanvas:
+    """One canvas, what its run says of it, and the calls it took."""
+
+    pixels: Pixels
+    said: dict[str, Any]
+    calls: Counting
+
+
+def draw_canvas(reference: Reference, size: int, recipe: Mapping[str, object], keep: Path | None) -> DrawnCanvas:
+    """Make one canvas, and keep its picture if a file is named."""
     counters: list[Counting] = []
 
     @contextmanager
@@ -147,7 +162,7 @@ def draw_canvas(reference: Reference, size: int, recipe: Mapping[str, object], k
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             PIL.Image.fromarray(pixels.transpose(1, 2, 0)).save(keep)
-    return {"pixels": pixels, "said": said, "calls": counters[0]}
+    return DrawnCanvas(pixels, said, counters[0])
 
 
 def measure(name: str, recipe: Mapping[str, object], references: list[Reference], size: int,
@@ -157,7 +172,7 @@ def measure(name: str, recipe: Mapping[str, object], references: list[Reference]
     for number, reference in enumerate(references):
         keep = None if previews is None else previews / f"{name.replace(', ', '_').replace(' ', '_')}_{number}.png"
         found = draw_canvas(reference, size, recipe, keep)
-        pixels, said, calls = found["pixels"], found["said"], found["calls"]
+        pixels, said, calls = found.pixels, found.said, found.calls
         sums = DetailSums()
         sums.add(pixels)
         kept = ratios(sums.result(), reference.detail)

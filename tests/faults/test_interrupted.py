@@ -91,7 +91,7 @@ def train(folder: Path) -> Command:
     write_data(folder / "data", write_autoencoder(folder / "vae"))
     content = yaml.safe_load(yaml.safe_dump(_plain(asdict(tiny_config(folder)))))
     (folder / "train.yaml").write_text(yaml.safe_dump(content))
-    argv = [f"--config={folder / 'train.yaml'}", "--train.steps=24", "--output.folder={out}/model"]
+    argv = [f"--config={folder / 'train.yaml'}", "--train.steps=12", "--output.folder={out}/model"]
     return Command("engine.train", argv, "--run=", {"start": writes("log.txt"), "steps": writes("log.jsonl")})
 
 
