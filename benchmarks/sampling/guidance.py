@@ -58,7 +58,7 @@ JOINT: dict[str, object] = {
     "guidance.cell": 1,
     "guidance.strength": 1.0,
 }
-RECIPES: dict[str, Keys] = {
+RECIPES: dict[str, dict[str, object]] = {
     "none": JOINT | {"guidance.method": "none"},
     "joint": JOINT,
     "joint, cells of 4": JOINT | {"guidance.cell": 4},
