@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import psutil
 import ray
@@ -81,14 +82,31 @@ def _await_head() -> None:
 
 @contextmanager
 def loss_named() -> Iterator[None]:
-    """Turn what Ray's core raises when this process has lost its node or its connection into ClusterError."""
+    """Raise ClusterError when this process has lost its node or its connection, before or inside the `with`.
+
+    Seconds after the raylet's death, when the head says that the node is dead, Ray's core would end the process
+    without a word: enter this at least once a second.
+    """
+    raylet = _raylet_of(ray.get_runtime_context().get_node_id())
     try:
+        if raylet is not None and raylet.status() == psutil.STATUS_ZOMBIE:
+            raise psutil.NoSuchProcess(raylet.pid, msg="its raylet has died")
         yield
-    except (OSError, RaySystemError) as error:
+    except (OSError, RaySystemError, psutil.NoSuchProcess) as error:
         raise ClusterError(
             f"The Ray node of this process must stay up for the whole run; it is gone ({error}). Every finished step "
             "is kept: start a cluster, or let a private Ray start, and repeat the same command."
         ) from error
+
+
+@cache
+def _raylet_of(node: str) -> psutil.Process | None:
+    """Return the raylet of this process's node, found once; None where it is out of sight, as from a container."""
+    socket = next(found["RayletSocketName"] for found in ray.nodes() if found["NodeID"] == node)
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet" and f"--raylet_socket_name={socket}" in (process.info["cmdline"] or ()):
+            return process
+    return None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 
 from actors import cluster, private_ray
 from actors.cluster import NodeResources, connect, loss_named, node_resources
@@ -274,11 +275,31 @@ def test_a_head_that_is_gone_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch
         node_resources()
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 @pytest.mark.parametrize("raised", [OSError("Broken pipe"), cluster.RaySystemError("System error: Broken pipe")])
 def test_a_node_that_is_gone_under_the_driver_is_named(raised: Exception) -> None:
     """What ray.wait raises when the raylet of this process was killed."""
     with pytest.raises(ClusterError, match=r"it is gone \(.*Broken pipe.*repeat the same command"), loss_named():
         raise raised
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_raylet_that_died_is_named_before_the_core_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = cluster._raylet_of(ray.get_runtime_context().get_node_id())
+    assert found is not None, "it is on this machine"
+    assert found.name() == "raylet"
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        dead = psutil.Process(child.pid)
+        while dead.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.01)
+        monkeypatch.setattr(cluster, "_raylet_of", lambda node: dead)
+        with (
+            pytest.raises(ClusterError, match=r"it is gone \(.*raylet has died.*repeat the same command"),
+            loss_named(),
+        ):
+            pass
 
 
 def test_another_server_is_not_a_head() -> None:

@@ -195,8 +195,9 @@ def undisturbed(command: Command, folder: Path) -> Undisturbed:
 
 
 def bytes_of(folder: Path) -> dict[str, str]:
-    """Return the sha256 of every file of a folder, or of the file itself."""
+    """Return the sha256 of every file of a folder, or of the file itself; live previews come as time allows."""
     paths = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = [path for path in paths if path.parent.name != "live"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 

@@ -24,9 +24,13 @@ from tests.support.known_prepared import FACTS, write_slide
 NAMES = ("20x", "10x", "5x", "2.5x")
 NETWORKS = NetworkSettings(
     magnifications=NAMES, encoder="demo", ssl_dim=16, context=32, summarizer_width=32, summarizer_layers=1,
-    summarizer_heads=8, summarizer_mlp=64, unet_channels=(32, 32), unet_layers=1, vae_channels=(32, 32, 32),
-    vae_layers=1, codes=64,
+    summarizer_heads=8, summarizer_mlp=64, unet_channels=(8, 8), unet_layers=1, vae_channels=(8, 8, 8),
+    vae_layers=1, vae_attention=False, codes=64, groups=4,
 )  # fmt: skip
+LDM_NETWORKS = replace(
+    NETWORKS, unet_channels=(32, 32), vae_channels=(32, 32, 32), vae_attention=True, groups=32
+)  # fmt: skip
+"""Whose form the published layout can express."""
 PLACES = {name: [(0, 0), (0, 0) if k == 8 else (0, k)] for name, k in zip(NAMES, (1, 2, 4, 8), strict=True)}
 LEARN = JointSettings(steps=6, batch_size=4, lr=1e-3, warmup=2, ema=0.9, max_skipped=1)
 

@@ -15,7 +15,16 @@ from engine.training.denoiser import train as denoiser_training
 from engine.training.denoiser.settings import JointConfig
 from engine.training.denoiser.train import DenoiserLesson
 from engine.training.trainer import Learning
-from tests.support.known_run import LEARN, NAMES, NETWORKS, learning, tiny_config, write_autoencoder, write_data
+from tests.support.known_run import (
+    LDM_NETWORKS,
+    LEARN,
+    NAMES,
+    NETWORKS,
+    learning,
+    tiny_config,
+    write_autoencoder,
+    write_data,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,13 +105,15 @@ def test_the_log_tells_magnifications_and_bands_apart(root: Path, straight: Join
         assert mean == pytest.approx(line["loss"])
 
 
-def test_the_ldm_layout_holds_average_and_raw_weights(root: Path, straight: JointConfig) -> None:
-    config = replace(straight, output=replace(straight.output, ldm=str(root / "ldm")))
-    denoiser_training.export(config)
-    ours, theirs = ZoomLDM.from_pretrained(straight.output.folder), ZoomLDM.from_pretrained(root / "ldm")
+def test_the_ldm_layout_holds_average_and_raw_weights(tmp_path: Path) -> None:
+    write_data(tmp_path / "data", write_autoencoder(tmp_path / "vae", LDM_NETWORKS))
+    config = tiny_config(tmp_path, "run", replace(LEARN, steps=2), model=LDM_NETWORKS)
+    denoiser_training.train(config)
+    denoiser_training.export(replace(config, output=replace(config.output, ldm=str(tmp_path / "ldm"))))
+    ours, theirs = ZoomLDM.from_pretrained(config.output.folder), ZoomLDM.from_pretrained(tmp_path / "ldm")
     assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
-    raw = ZoomLDM.from_pretrained(root / "ldm", weights="raw").unet.state_dict()
-    trained = torch.load(root / "straight" / "denoiser.pt", weights_only=True)["module"]
+    raw = ZoomLDM.from_pretrained(tmp_path / "ldm", weights="raw").unet.state_dict()
+    trained = torch.load(tmp_path / "run" / "denoiser.pt", weights_only=True)["module"]
     assert all(torch.equal(v, trained[f"unet.{k}"]) for k, v in raw.items())
 
 

@@ -16,7 +16,16 @@ from engine.training.denoiser import train as denoiser_training
 from engine.training.denoiser.settings import InitialSettings, JointConfig, OutputSettings
 from engine.training.denoiser.train import DenoiserLesson
 from engine.training.optimisation import TrainingError
-from tests.support.known_run import LEARN, NAMES, NETWORKS, learning, tiny_config, write_autoencoder, write_data
+from tests.support.known_run import (
+    LDM_NETWORKS,
+    LEARN,
+    NAMES,
+    NETWORKS,
+    learning,
+    tiny_config,
+    write_autoencoder,
+    write_data,
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +152,7 @@ def test_a_token_model_learns_from_the_base_alone(root: Path) -> None:
 
 def test_the_ldm_layout_is_refused_before_training(root: Path) -> None:
     output = OutputSettings(folder=str(root / "no"), ldm=str(root / "no_ldm"))
-    config = tiny_config(root, "no", model=replace(NETWORKS, unet_channels=(32, 64), groups=16), output=output)
+    config = tiny_config(root, "no", model=replace(LDM_NETWORKS, unet_channels=(32, 64), groups=16), output=output)
     with pytest.raises(CheckpointError, match="norm_num_groups"):
         denoiser_training.train(config)
 
@@ -152,7 +161,8 @@ def test_the_ldm_layout_is_refused_to_a_whole_model_that_it_cannot_say(root: Pat
     """As to the demo, which predicts v: its configuration says nothing of that."""
     torch.manual_seed(7)
     whole = root / "v_prediction"
-    ZoomLDM(denoiser_training.network_config(replace(NETWORKS, prediction_type="v_prediction"))).save_pretrained(whole)
+    mute = replace(LDM_NETWORKS, prediction_type="v_prediction")
+    ZoomLDM(denoiser_training.network_config(mute)).save_pretrained(whole)
     output = OutputSettings(folder=str(root / "never"), ldm=str(root / "never_ldm"))
     config = tiny_config(root, "never", initial=InitialSettings(model=str(whole)), output=output)
     with pytest.raises(CheckpointError, match="no words for prediction_type='v_prediction'"):

@@ -20,7 +20,7 @@ from engine.training.cost import training_table
 from engine.training.denoiser.settings import InitialSettings, OutputSettings, WorkerSettings
 from engine.training.optimisation import TrainingError
 from tests.support.known_prepared import write_slide
-from tests.support.known_run import NAMES, NETWORKS, write_autoencoder, write_data
+from tests.support.known_run import LDM_NETWORKS, NAMES, NETWORKS, write_autoencoder, write_data
 
 LEARN = VQSettings(steps=12, batch_size=4, lr=3e-3, warmup=2, ema=0.5, crop_px=32)
 
@@ -109,7 +109,7 @@ def test_the_plan_says_when_it_guessed_the_workers(tmp_path: Path) -> None:
 def test_the_ldm_layout_is_refused_before_a_step(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     output = replace(config.output, ldm=str(tmp_path / "ldm"))
-    mute = replace(NETWORKS, prediction_type="v_prediction")
+    mute = replace(LDM_NETWORKS, prediction_type="v_prediction")
     with pytest.raises(CheckpointError, match="no words for prediction_type='v_prediction'"):
         autoencoder_training.train(replace(config, model=mute, output=output))
     assert not (tmp_path / "run" / "autoencoder.pt").exists()
