@@ -138,15 +138,15 @@ class PartOfSet:
 
     def __init__(self, folder: Path, plan: PreparedPlan, writer: PreparedWriter, base: str) -> None:
         self.folder, self.plan, self.files, self.base = folder, plan, writer, base
-        self._sampled: set[str] = set()
 
     def store(self, block: BlockResult) -> None:
         assert isinstance(block, BlockLatents)
         arrays = {"latents": block.latents} | ({} if block.images is None else {"images": block.images})
+        picture = self.folder / f"{SAMPLES}/{block.magnification}/{block.slide}.jpg"
+        # Of the first block, in whatever order they come; before it counts as done, so that a resume need not draw it.
+        if block.sample is not None and (block.first == 0 or not picture.exists()):
+            _write_picture(picture, _jpeg(block.sample))
         self.files.write(block.index, block.cells, (block.magnification, block.first, arrays))
-        if block.sample is not None and block.magnification not in self._sampled:
-            self._sampled.add(block.magnification)
-            _write_picture(self.folder / f"{SAMPLES}/{block.magnification}/{block.slide}.jpg", _jpeg(block.sample))
 
     def damage(self) -> tuple[int, int]:
         """Return how many patches of the base are damaged, and of how many."""

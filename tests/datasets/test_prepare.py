@@ -152,6 +152,10 @@ def test_a_kill_costs_the_blocks_in_flight_alone(done: PrepareConfig, tmp_path: 
     before = os.stat(tmp_path / "out" / "slides" / "a" / "slide.json").st_mtime_ns
     assert main(flags(config)) == 0
     assert os.stat(tmp_path / "out" / "slides" / "a" / "slide.json").st_mtime_ns == before
+    for sample in sorted((Path(done.out) / "samples").rglob("*.jpg")):
+        assert (Path(config.out) / sample.relative_to(done.out)).read_bytes() == sample.read_bytes(), (
+            "the first block's"
+        )
 
 
 def test_bad_slides_stop_nobody(model: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
