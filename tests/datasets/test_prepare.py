@@ -38,12 +38,12 @@ from tests.support.written_slides import box, overwrite, tile_bytes, tissue, wri
 EVERYTHING = TissueConfig("everything")
 
 
-def die_in_the_third_write(argv: list[str]) -> None:
-    """Prepare in this process until two blocks are written."""
+def die_in_the_second_write(argv: list[str]) -> None:
+    """Prepare in this process until one block is written."""
     written, write = [], PreparedWriter.write
 
     def dying(*arguments: Any) -> Any:
-        if len(written) == 2:
+        if len(written) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         written.append(write(*arguments))
         return written[-1]
@@ -140,13 +140,13 @@ def test_the_report_counts_and_shows(done: PrepareConfig) -> None:
 
 def test_a_kill_costs_the_blocks_in_flight_alone(done: PrepareConfig, tmp_path: Path) -> None:
     config = replace(done, out=str(tmp_path / "out"), keep_images=False)
-    assert exit_code(die_in_the_third_write, flags(config)) == -signal.SIGKILL
+    assert exit_code(die_in_the_second_write, flags(config)) == -signal.SIGKILL
     journal = (tmp_path / "out" / "slides" / "a" / "journal").read_text().splitlines()
-    assert len(journal) == 3
+    assert len(journal) == 2
     assert not (tmp_path / "out" / "slides" / "a" / "slide.json").exists()
     assert main(flags(config)) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["tiles"] == 5  # 20 patches were written before the kill
+    assert report["tiles"] == 9  # 16 patches were written before the kill
     whole = {k: v for k, v in arrays(Path(done.out), "a").items() if not k.endswith("images.npy")}
     assert arrays(tmp_path / "out", "a") == whole
     before = os.stat(tmp_path / "out" / "slides" / "a" / "slide.json").st_mtime_ns
