@@ -24,6 +24,8 @@ SINCE: dict[str, object] = {
     "guidance.back_projection": 255,
 }
 """Keys that runs of earlier releases lack, and what those did."""
+SAID_NOTHING: dict[str, object] = {"sampling.from_guide": 600}
+"""What None was in a key that new runs settle."""
 GONE = ("guidance.iterations",)
 """Keys of earlier releases that decide nothing any more."""
 
@@ -130,4 +132,5 @@ def check_run_keys(where: Path | str, old: dict[str, object], new: dict[str, obj
     Raises: CanvasMismatchError naming each key, old and new.
     """
     kept = {key: value for key, value in old.items() if key not in GONE}
+    kept |= {key: was for key, was in SAID_NOTHING.items() if key in old and old[key] is None and new.get(key)}
     check_keys(where, {key: value for key, value in SINCE.items() if key in new} | kept, new)

@@ -45,7 +45,7 @@ from engine.sampling.denoiser import (
     DenoiseTiles,
 )
 from engine.sampling.guidance import CanvasGuidance, make_canvas_guidance
-from engine.sampling.plan import Plan, make_plan
+from engine.sampling.plan import Plan, from_guide, make_plan
 from engine.sampling.sampler import Sampling
 
 PLACES = (
@@ -105,6 +105,8 @@ def prepare(config: RunConfig, model: ModelConfig | None = None) -> Job:
     """
     model = model or describe(config.model)
     plan = make_plan(config, model.scale)
+    if begins := from_guide(config, plan.levels):  # into keys and config.yaml: its default may change
+        config = replace(config, sampling=replace(config.sampling, from_guide=begins))
     if "png" in config.output.formats:
         check_png(config.canvas.height, config.canvas.width)
     return Job(config, model, plan)

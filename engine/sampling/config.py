@@ -111,7 +111,8 @@ class SamplingConfig:
     """First timestep, 1..1000; 1000 starts from pure noise, less from the guide if one is given."""
     from_guide: int | None = None
     """Timestep at which finer levels begin, from the finished picture of the next coarser one, enlarged, encoded and
-    noised to it; 0 samples all levels jointly from `start`, as published; None takes 600 where the guide is sampled."""
+    noised to it; 0 samples all levels jointly from `start`, as published. None takes, where the guide is sampled, 600
+    if no level is over 4 times as fine as its guide, else 700."""
     stride: int = 50
     """Timesteps between two steps; 50 gives 20 steps."""
     solver: Solver = "ddim"

@@ -16,9 +16,10 @@ from engine.core.units import LATENT_FACTOR, TILE_LATENT_PX, TILE_PX, Magnificat
 from engine.sampling.config import CanvasConfig, RunConfig, TileWeights
 from engine.sampling.schedule import TRAIN_STEPS, Step, steps
 
-FROM_GUIDE = 600
-"""Timestep at which a level begins from its guide unless another is asked for: later, the guide's blur stays; earlier,
-what it shows is lost (docs/explanation/guidance.md)."""
+NEAR, FROM_NEAR, FROM_FAR = 4, 600, 700
+"""Timestep at which levels begin from their guide unless another is asked for: FROM_NEAR where none is more than NEAR
+times as fine as the one it begins from. Later, the guide's blur stays, the more of it, the coarser the guide; earlier,
+what it shows is lost (docs/results/guidance.md)."""
 MAX_STEP = 16
 """Largest factor between a level and the one that steers it; a tile then lies under 16×16 px of its guide."""
 
@@ -254,9 +255,12 @@ def from_guide(config: RunConfig, levels: tuple[Level, ...]) -> int:
             f"sampling.from_guide={asked} needs a guide, a coarser level to begin from; this canvas has "
             f"{levels[0].name} alone. Name a coarser one first in canvas.levels, or set sampling.from_guide=0."
         )
-    if asked is None:
-        return FROM_GUIDE if len(levels) > 1 and config.guide is None else 0
-    return asked
+    if asked is not None:
+        return asked
+    if len(levels) == 1 or config.guide is not None:
+        return 0
+    widest = max(coarse.factor // fine.factor for coarse, fine in pairwise(levels))
+    return FROM_NEAR if widest <= NEAR else FROM_FAR
 
 
 def _joint(config: RunConfig, levels: tuple[Level, ...], given: bool) -> Pass:

@@ -163,3 +163,11 @@ def test_keys_that_came_and_went_with_a_release_do_not_stop_a_run() -> None:
         check_run_keys("run", old, new | {"guidance.cell": 16})
     with pytest.raises(CanvasMismatchError, match="guidance.strength was 0.5, now absent"):
         check_run_keys("run", old | {"guidance.strength": 0.5}, new)
+
+
+def test_a_default_that_has_changed_stops_a_run_that_began_with_the_old_one() -> None:
+    old: dict[str, object] = {"sampling.from_guide": None}
+    check_run_keys("run", old, {"sampling.from_guide": 600})
+    check_run_keys("run", old, old)
+    with pytest.raises(CanvasMismatchError, match="sampling.from_guide was 600, now 700"):
+        check_run_keys("run", old, {"sampling.from_guide": 700})

@@ -19,7 +19,7 @@ from engine.sampling.config import CanvasConfig, GuidanceConfig, RefineConfig, R
 from engine.sampling.denoiser import PointwiseDenoiser, TileBatch, TilePrediction
 from engine.sampling.guidance import GuidePicture, LinearGuidance, make_canvas_guidance, steer_rows
 from engine.sampling.pixels import enlarged_latents
-from engine.sampling.plan import make_plan, x0_name
+from engine.sampling.plan import from_guide, make_plan, x0_name
 from engine.sampling.sampler import Sampling, guide_of, sample_large
 from engine.sampling.schedule import steps
 
@@ -77,6 +77,13 @@ def test_levels_are_sampled_one_after_the_other() -> None:
     assert [p.steps[0].t for p in passes] == [1000, 600, 600, 100]
     assert [[t is not None for t in p.tilings] for p in passes[:3]] == np.eye(3, dtype=bool).tolist()
     assert len(make_plan(RunConfig(sampling=SamplingConfig(from_guide=0)), SCALE).passes) == 1
+
+
+@pytest.mark.parametrize(("levels", "begins"), [(("5x", "20x"), 600), (("2.5x", "20x"), 700), (("1.25x", "20x"), 700)])
+def test_a_coarser_guide_is_begun_from_earlier(levels: tuple[str, ...], begins: int) -> None:
+    config = RunConfig(canvas=CanvasConfig(1024, 1024, levels))
+    plan = make_plan(config, SCALE)
+    assert plan.passes[1].steps[0].t == from_guide(config, plan.levels) == begins
 
 
 def test_one_level_has_no_guide_to_begin_from() -> None:
