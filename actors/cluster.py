@@ -89,7 +89,7 @@ def loss_named() -> Iterator[None]:
     """
     raylet = _raylet_of(ray.get_runtime_context().get_node_id())
     try:
-        if raylet is not None and raylet.status() == psutil.STATUS_ZOMBIE:
+        if raylet is not None and (not raylet.is_running() or raylet.status() == psutil.STATUS_ZOMBIE):
             raise psutil.NoSuchProcess(raylet.pid, msg="its raylet has died")
         yield
     except (OSError, RaySystemError, psutil.NoSuchProcess) as error:
@@ -102,7 +102,7 @@ def loss_named() -> Iterator[None]:
 @cache
 def _raylet_of(node: str) -> psutil.Process | None:
     """Return the raylet of this process's node, found once; None where it is out of sight, as from a container."""
-    socket = next(found["RayletSocketName"] for found in ray.nodes() if found["NodeID"] == node)
+    socket = next((found["RayletSocketName"] for found in ray.nodes() if found["NodeID"] == node), None)
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] == "raylet" and f"--raylet_socket_name={socket}" in (process.info["cmdline"] or ()):
             return process

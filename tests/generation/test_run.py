@@ -18,7 +18,7 @@ from engine.core.progress import Progress
 from engine.generation import guidance_fit
 from engine.generation.guidance_fit import fit_map, stored_or_fitted
 from engine.generation.outputs import Part, tile_edges
-from engine.generation.run import Job, picture_keys, write_config
+from engine.generation.run import Job, picture_keys, prepare, write_config
 from engine.generation.session import TimedDenoiser
 from engine.model.colour_map import LinearColour
 from engine.model.zoomldm import ZoomLDM, tiny_config
@@ -55,6 +55,12 @@ def test_resolved_config_is_plain_yaml(tmp_path: Path) -> None:
     stored = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert stored["canvas"]["levels"] == ["10x", "20x"]
     assert stored["output"]["folder"] == str(tmp_path)
+
+
+@pytest.mark.parametrize(("size", "begins"), [(256, None), (1024, 600), (2048, 700)])
+def test_where_a_canvas_begins_is_settled_before_its_keys(size: int, begins: int | None) -> None:
+    job = prepare(RunConfig(canvas=CanvasConfig(size, size)), narrow_config())
+    assert job.config.sampling.from_guide == begins
 
 
 def test_run_is_held_to_where_it_began(tmp_path: Path) -> None:
