@@ -224,6 +224,7 @@ def test_layers_by_keyboard_and_the_address(cohort: ViewServer, opened: Open) ->
     seen.shot("slide")
     place, address = seen.place(), seen.page.url
     again = opened(address)
+    again.drawn("picture")  # before it there are no shapes, of which "every" holds
     again.until("() => [...window.viewerPanes[0].shapes.values()].every((shape) => shape.on && shape.data)")
     assert again.place()["z"] == pytest.approx(place["z"], rel=0.01)
     assert again.place()["y"] == pytest.approx(place["y"], abs=3)
