@@ -88,15 +88,26 @@ def loss_named() -> Iterator[None]:
     without a word: enter this at least once a second.
     """
     raylet = _raylet_of(ray.get_runtime_context().get_node_id())
+    if raylet is not None and not _lives(raylet):
+        raise _node_gone("its raylet has died")
     try:
-        if raylet is not None and (not raylet.is_running() or raylet.status() == psutil.STATUS_ZOMBIE):
-            raise psutil.NoSuchProcess(raylet.pid, msg="its raylet has died")
         yield
-    except (OSError, RaySystemError, psutil.NoSuchProcess) as error:
-        raise ClusterError(
-            f"The Ray node of this process must stay up for the whole run; it is gone ({error}). Every finished step "
-            "is kept: start a cluster, or let a private Ray start, and repeat the same command."
-        ) from error
+    except (OSError, RaySystemError) as error:
+        raise _node_gone(str(error)) from error
+
+
+def _node_gone(why: str) -> ClusterError:
+    return ClusterError(
+        f"The Ray node of this process must stay up for the whole run; it is gone ({why}). Every finished step "
+        "is kept: start a cluster, or let a private Ray start, and repeat the same command."
+    )
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @cache

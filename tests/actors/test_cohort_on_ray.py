@@ -56,12 +56,19 @@ def coordinators() -> list[psutil.Process]:
     return [p for p in there if any(word.startswith("ray::Coordinator") for word in p.info["cmdline"] or ())]
 
 
-def test_the_bytes_of_one_process_though_a_coordinator_is_killed(inputs: Path, alone: Path, tmp_path: Path) -> None:
+def test_the_bytes_of_one_process(inputs: Path, alone: Path, tmp_path: Path) -> None:
+    records = make_cohort(job(inputs, tmp_path / "out", rows(inputs), **ON_RAY), make_on_ray, Progress())
+    assert [r.status for r in records] == [DONE] * 5, records
+    assert files_of(tmp_path / "out") == files_of(alone)
+    assert not psutil.wait_procs(coordinators(), timeout=60)[1], "nobody is left"
+
+
+def test_a_killed_coordinator_costs_time_alone(inputs: Path, alone: Path, tmp_path: Path) -> None:
     killed: list[int] = []
     over = threading.Event()
 
     def kill_one_at_work() -> None:
-        """Kill a coordinator when something has been committed."""
+        """Kill the first coordinator that has committed something."""
         while not over.is_set() and not killed:
             if list((tmp_path / "out/runs").glob("*/state.json")) and (found := coordinators()):
                 os.kill(found[0].pid, signal.SIGKILL)
@@ -71,14 +78,14 @@ def test_the_bytes_of_one_process_though_a_coordinator_is_killed(inputs: Path, a
     killer = threading.Thread(target=kill_one_at_work)
     killer.start()
     try:
-        records = make_cohort(job(inputs, tmp_path / "out", rows(inputs), **ON_RAY), make_on_ray, Progress())
+        config = job(inputs, tmp_path / "out", rows(inputs), **(ON_RAY | {"coordinators": 1}))
+        records = make_cohort(config, make_on_ray, Progress())
     finally:
         over.set()
         killer.join()
     assert killed
     assert [r.status for r in records] == [DONE] * 5, records
     assert files_of(tmp_path / "out") == files_of(alone)
-    assert not psutil.wait_procs(coordinators(), timeout=60)[1], "nobody is left"
 
 
 def test_bags_have_the_bytes_of_one_process(inputs: Path, tmp_path: Path) -> None:

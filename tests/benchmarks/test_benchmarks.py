@@ -19,7 +19,7 @@ from engine.model.networks import build_networks
 from engine.model.zoomldm import ZoomLDM
 from engine.sampling.denoiser import LocalDenoiser, PointwiseDenoiser
 from engine.slides.phantom.render import Phantom
-from tests.support.tiny_run import narrow_config
+from tests.support.tiny_run import narrow_model
 
 FOLDER = Path(gpu.__file__).parents[1]
 TINY = {"sampling.stride": 500, "sampling.batch_size": 2, "model.dtype": "float32", "model.threads": 1}
@@ -27,9 +27,7 @@ TINY = {"sampling.stride": 500, "sampling.batch_size": 2, "model.dtype": "float3
 
 @pytest.fixture(scope="module")
 def tiny() -> ZoomLDM:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ZoomLDM(narrow_config()).requires_grad_(requires_grad=False)
+    return narrow_model().requires_grad_(requires_grad=False)
 
 
 def pointwise_run(size: int) -> BareRun:

@@ -11,7 +11,7 @@ from engine.core.errors import EngineError
 from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.sampling.config import InversionConfig
 from engine.sampling.plan import Level
-from tests.support.tiny_run import narrow_config
+from tests.support.tiny_run import narrow_model
 
 FIVE = Level("5x", 4, 2, 64, 64)
 QUICK = InversionConfig(steps=4, batch_size=2)
@@ -19,9 +19,7 @@ QUICK = InversionConfig(steps=4, batch_size=2)
 
 @pytest.fixture(scope="module")
 def model() -> ZoomLDM:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ZoomLDM(narrow_config())
+    return narrow_model()
 
 
 def found(

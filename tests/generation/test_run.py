@@ -25,14 +25,12 @@ from engine.model.zoomldm import ZoomLDM, tiny_config
 from engine.sampling.config import CanvasConfig, OutputConfig, RunConfig, SamplingConfig
 from engine.sampling.denoiser import DecodeBatch, LocalDenoiser
 from engine.sampling.plan import make_plan
-from tests.support.tiny_run import narrow_config
+from tests.support.tiny_run import narrow_config, narrow_model
 
 
 @pytest.fixture(scope="module")
 def model() -> ZoomLDM:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ZoomLDM(narrow_config())
+    return narrow_model()
 
 
 GRID = np.random.default_rng(0).normal(size=(16, 2, 2)).astype(np.float32)
